@@ -1,0 +1,40 @@
+"""effcli: says where a model's time and bytes go on the device you have.
+
+>>> import effcli
+>>> report = effcli.profile("smollm2-135m", only=("kv",))  # doctest: +SKIP
+
+Importing this package imports neither torch nor transformers; the functions do when they are called.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effcli.api import load_report, profile
+    from effcli.reports.model import ProfileReport
+
+try:
+    __version__ = version("effcli")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["ProfileReport", "__version__", "load_report", "profile"]
+
+_LAZY = {
+    "profile": "effcli.api",
+    "load_report": "effcli.api",
+    "ProfileReport": "effcli.reports.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that ``import effcli`` stays cheap."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'effcli' has no attribute '{name}'")
+    from importlib import import_module
+
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,7 @@
+"""Run ``python -m effcli``."""
+
+import sys
+
+from effcli.cli.main import main
+
+sys.exit(main())

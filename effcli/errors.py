@@ -1,0 +1,49 @@
+"""One error root. Each error knows its exit code; one place (``effcli.cli.main``) turns errors into text.
+
+Exit codes: 0 fine, 1 a bug, 2 bad input, 3 a gate failed, 4 not enough memory or disk, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_BAD_INPUT = 2
+EXIT_GATE_FAILED = 3
+EXIT_NO_ROOM = 4
+EXIT_INTERRUPTED = 130
+
+
+class EffcliError(Exception):
+    """Something the user can act on. The message is one line: the value, what is wrong, the remedy."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class BadInputError(EffcliError):
+    """A value the user gave cannot be used."""
+
+
+class SourceError(BadInputError):
+    """A model source cannot be found, read or trusted."""
+
+
+class MissingExtraError(BadInputError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional dependency; add it with: pip install 'effcli[{extra}]'")
+
+
+class NoRoomError(EffcliError):
+    """Not enough memory or disk."""
+
+    exit_code = EXIT_NO_ROOM
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(value, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
