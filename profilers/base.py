@@ -33,6 +33,10 @@ class DoesNotFitError(ProfilerError):
     """The work asked for needs more memory than the device has."""
 
 
+class NotApplicableError(ProfilerError):
+    """The model has nothing that this instrument measures; a run of all instruments records the reason and goes on."""
+
+
 class Task(Protocol):
     """One running progress line."""
 
