@@ -8,17 +8,13 @@ Importing this package imports neither torch nor transformers; the functions do 
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effcli.api import load_report, profile
     from effcli.reports.model import ProfileReport
 
-try:
-    __version__ = version("effcli")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["ProfileReport", "__version__", "load_report", "profile"]
 
@@ -31,10 +27,16 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use, so that ``import effcli`` stays cheap."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'effcli' has no attribute '{name}'")
-    from importlib import import_module
+    value: Any
+    if name == "__version__":
+        from importlib.metadata import version
 
-    value = getattr(import_module(_LAZY[name]), name)
+        value = version("effcli")
+    elif name in _LAZY:
+        from importlib import import_module
+
+        value = getattr(import_module(_LAZY[name]), name)
+    else:
+        raise AttributeError(f"module 'effcli' has no attribute '{name}'")
     globals()[name] = value
     return value

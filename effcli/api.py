@@ -1,0 +1,251 @@
+"""The Python API that the commands are thin over."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effcli.errors import BadInputError
+from effcli.reports.model import PROFILE_SCHEMA, Environment, ModelInfo, ProfileReport, plain, read_report
+from profilers.base import NotApplicableError, ProfileContext, Profiler, ProfileRequest, Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from effcli.loading import LoadedModel
+    from profilers.peaks import Peaks
+
+# The order in which profilers run and are shown; others follow by name.
+PROFILER_ORDER = ("latency", "intensity", "kv", "sinks", "energy", "outliers")
+
+VERSIONED_PACKAGES = ("effcli", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+
+
+def load_report(path: Path | str) -> dict[str, Any]:
+    """Read a saved report as plain data; see :func:`effcli.reports.model.read_report`."""
+    return read_report(path)
+
+
+def profile(
+    model: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    only: Sequence[str] | None = None,
+    batch: Sequence[int] = (1,),
+    context: Sequence[int] | None = None,
+    epsilon: Sequence[float] = (0.3,),
+    sequences: int = 100,
+    text: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    config_only: bool = False,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> ProfileReport:
+    """Measure a model on this device.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A source as on the command line, or a live model, which is measured where it is and left as it was.
+    tokenizer : PreTrainedTokenizerBase, optional
+        For a live model; sources bring their own.
+    only : sequence of str, optional
+        Profilers to run; default all installed.
+    batch, context : sequence of int
+        Batch sizes in sequences, context lengths in tokens; ``context=None`` lets each profiler choose.
+    epsilon : sequence of float
+        Sink thresholds.
+    sequences : int
+        Sequences that the sink rate averages over.
+    text : str, optional
+        Text to measure on; default: a text that every Python has.
+    seed : int
+        Seed of everything random.
+    device, dtype : str
+        ``auto`` or a torch name. A live model's own are used.
+    config_only : bool
+        Count on the meta device; no weights are needed or read.
+    revision : str, optional
+        Of a hub model.
+    allow_pickle, trust_remote_code : bool
+        Accept pickled weights, run the model's own code. Both can run arbitrary code.
+    progress : Progress, optional
+        Where to report how far it is.
+    command : str, optional
+        What the report records as the way to repeat it.
+
+    Returns
+    -------
+    ProfileReport
+
+    Raises
+    ------
+    effcli.errors.EffcliError
+        If the source, device or dtype cannot be used.
+    profilers.base.ProfilerError
+        If a measurement that was asked for cannot be made.
+    """
+    from profilers import registry
+    from profilers.timing import PhaseTimings, check_context
+
+    started = time.perf_counter()
+    progress = progress or SilentProgress()
+    selected = registry.in_order(tuple(only) if only is not None else _default_order(registry.names()))
+
+    loaded: LoadedModel
+    if isinstance(model, (str, Path)):
+        from effcli import loading, sources
+
+        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
+        config_only = config_only or source.kind == "config"
+        selected, skipped = _without_weights(selected, only is not None) if config_only else (selected, {})
+        loaded = loading.load(source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust)
+    else:
+        loaded = _live(model, tokenizer)
+        config_only = loaded.model.device.type == "meta"
+        selected, skipped = _without_weights(selected, only is not None) if config_only else (selected, {})
+
+    for length in context or ():
+        check_context(loaded.config, length)
+    peaks = _peaks(loaded, progress)
+    run_context = ProfileContext(
+        model=loaded.model,
+        config=loaded.config,
+        tokenizer=loaded.tokenizer,
+        device=loaded.device,
+        dtype=loaded.dtype,
+        request=ProfileRequest(
+            batches=tuple(batch),
+            contexts=None if context is None else tuple(context),
+            epsilons=tuple(epsilon),
+            sequences=sequences,
+            seed=seed,
+            text=text,
+        ),
+        peaks=peaks,
+        timings=PhaseTimings(loaded.model, seed=seed),
+        config_only=config_only,
+        load_seconds=loaded.load_seconds,
+        progress=progress,
+    )
+    for profiler in selected:
+        try:
+            run_context.results[profiler.name] = profiler.run(run_context)
+        except NotApplicableError as error:
+            if only is not None:
+                raise
+            skipped[profiler.name] = str(error)
+    return ProfileReport(
+        schema=PROFILE_SCHEMA,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command or f"effcli.profile({loaded.source.spec!r}, ...)",
+        seconds_spent=time.perf_counter() - started,
+        config_only=config_only,
+        model=_model_info(loaded),
+        environment=_environment(loaded, peaks),
+        profiles={name: plain(result) for name, result in run_context.results.items()},
+        skipped=skipped,
+        warnings=_warnings(run_context.results),
+    )
+
+
+def _default_order(installed: Sequence[str]) -> tuple[str, ...]:
+    known = [name for name in PROFILER_ORDER if name in installed]
+    return (*known, *(name for name in installed if name not in known))
+
+
+def _without_weights(selected: tuple[Profiler, ...], asked_for: bool) -> tuple[tuple[Profiler, ...], dict[str, str]]:
+    """Leave out the profilers that need weights; refuse if the user named one of them."""
+    skipped = {item.name: "needs weights; profile without --config-only" for item in selected if item.needs_weights}
+    if asked_for and skipped:
+        raise BadInputError(f"profiler '{next(iter(skipped))}' needs weights; run it without --config-only")
+    return tuple(item for item in selected if not item.needs_weights), skipped
+
+
+def _live(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    from effcli.loading import LoadedModel
+    from effcli.sources import Source
+
+    return LoadedModel(
+        model=model,
+        config=model.config,
+        tokenizer=tokenizer,
+        source=Source(spec=model.config._name_or_path or type(model).__name__, kind="live", path=None),
+        device=model.device,
+        device_reason="where the live model is",
+        dtype=model.dtype,
+        dtype_reason="the live model's own",
+    )
+
+
+def _peaks(loaded: LoadedModel, progress: Progress) -> Peaks:
+    import torch
+
+    from profilers.peaks import measure_peaks
+
+    device = torch.device("cpu") if loaded.device.type == "meta" else loaded.device
+    return measure_peaks(device, tuple(dict.fromkeys((loaded.dtype, torch.float32))), progress)
+
+
+def _model_info(loaded: LoadedModel) -> ModelInfo:
+    config, model = loaded.config.get_text_config(decoder=True), loaded.model
+    parameters = list(model.parameters())  # each shared tensor once
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    head_dim = getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
+    return ModelInfo(
+        source=loaded.source.spec,
+        kind=loaded.source.kind,
+        architecture=type(model).__name__,
+        model_type=loaded.config.model_type,
+        parameters=sum(item.numel() for item in parameters),
+        weight_bytes=sum(item.numel() * item.element_size() for item in parameters),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype_reason=loaded.dtype_reason,
+        layers=getattr(config, "num_hidden_layers", None),
+        hidden_size=hidden,
+        attention_heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        context_limit=getattr(config, "max_position_embeddings", None),
+        revision=loaded.revision,
+        fingerprint=loaded.fingerprint,
+        load_seconds=loaded.load_seconds,
+        notes=loaded.notes,
+    )
+
+
+def _environment(loaded: LoadedModel, peaks: Peaks) -> Environment:
+    import torch
+
+    from profilers import device as devices
+
+    on = loaded.device
+    return Environment(
+        device=str(on),
+        device_name=devices.device_name(on),
+        device_reason=loaded.device_reason,
+        threads=torch.get_num_threads() if on.type == "cpu" else None,
+        memory_total_bytes=devices.memory_total_bytes(on),
+        memory_available_bytes=devices.memory_available_bytes(on),
+        peaks=peaks,
+        peaks_reason=None,
+        versions={"python": platform.python_version()} | {name: version(name) for name in VERSIONED_PACKAGES},
+        platform=platform.platform(),
+    )
+
+
+def _warnings(results: dict[str, Any]) -> tuple[str, ...]:
+    latency = results.get("latency")
+    return tuple(line for point in getattr(latency, "points", ()) for line in point.warnings)

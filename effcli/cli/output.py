@@ -1,0 +1,196 @@
+"""Where results, warnings and files go: results to stdout, the rest to stderr, files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from effcli.errors import BadInputError, NoRoomError, did_you_mean
+
+SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html", ".txt": "human"}
+
+
+class Format(StrEnum):
+    """How a report is written."""
+
+    human = "human"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
+
+
+def format_of(path: Path, chosen: Format | None) -> str:
+    """Return the format for ``path``: the one chosen, or the one its suffix names.
+
+    Raises
+    ------
+    BadInputError
+        If neither says.
+    """
+    if chosen is not None:
+        return chosen.value
+    if path.suffix.lower() not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise BadInputError(f"cannot tell the format of '{path}' from its name; add --format or one of {known}")
+    return SUFFIXES[path.suffix.lower()]
+
+
+def check_writable(path: Path) -> None:
+    """Fail now rather than after minutes of measuring if ``path`` cannot be written.
+
+    Raises
+    ------
+    BadInputError
+        If its folder does not exist or cannot be written, or it is a folder.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise BadInputError(f"output '{path}' is a folder; name a file")
+    if not folder.is_dir():
+        raise BadInputError(f"output folder '{folder}' does not exist; make it first: mkdir -p '{folder}'")
+    try:
+        handle, probe = tempfile.mkstemp(dir=folder, prefix=".effcli-")
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    os.close(handle)
+    os.unlink(probe)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all.
+
+    Raises
+    ------
+    BadInputError, NoRoomError
+        If the file cannot be written; nothing is left behind.
+    """
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".effcli-")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _cannot_write(path: Path, error: OSError) -> BadInputError | NoRoomError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoomError(f"no space left for '{path}'; free some or choose another place with -o")
+    return BadInputError(f"cannot write '{path}': {error.strerror}; choose another place with -o")
+
+
+def emit(data: dict[str, Any], chosen: Format | None, outputs: list[Path], *, quiet: bool) -> None:
+    """Send a report where the user asked: to files, or to stdout.
+
+    With files, stdout gets only the verdict and the file names; with ``quiet``, nothing.
+    """
+    from effcli.reports.render import render
+
+    for path in outputs:
+        write_file(path, render(data, format_of(path, chosen)))
+    if outputs:
+        if not quiet:
+            from effcli.reports.verdict import verdict
+
+            for line in [*verdict(data), *(f"wrote {path}" for path in outputs)]:
+                sys.stdout.write(line + "\n")
+        return
+    name = (chosen or Format.human).value
+    if name == "human":
+        from rich.console import Console
+
+        render(data, name, console=Console())
+    else:
+        sys.stdout.write(render(data, name))
+
+
+def positive_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Parse ``"1,8"`` into ``(1, 8)``.
+
+    Raises
+    ------
+    BadInputError
+        For anything but positive whole numbers.
+    """
+    if text is None:
+        return None
+    values = []
+    for piece in text.split(","):
+        if not piece.strip().isdecimal() or int(piece) < 1:
+            raise BadInputError(
+                f"{option} '{text}': '{piece.strip()}' is not a positive whole number; give e.g. 512,4096"
+            )
+        values.append(int(piece))
+    return tuple(dict.fromkeys(values))
+
+
+def fractions(text: str, option: str) -> tuple[float, ...]:
+    """Parse ``"0.3,0.8"`` into ``(0.3, 0.8)``.
+
+    Raises
+    ------
+    BadInputError
+        For anything but numbers between 0 and 1.
+    """
+    values = []
+    for piece in text.split(","):
+        try:
+            value = float(piece)
+        except ValueError:
+            value = -1.0
+        if not 0.0 <= value < 1.0:
+            raise BadInputError(f"{option} '{text}': '{piece.strip()}' is not a number from 0 up to 1; give e.g. 0.3")
+        values.append(value)
+    return tuple(dict.fromkeys(values))
+
+
+def chosen_names(text: str | None, known: tuple[str, ...], option: str) -> tuple[str, ...] | None:
+    """Parse a comma-separated list of known names.
+
+    Raises
+    ------
+    BadInputError
+        For an unknown or an empty name.
+    """
+    if text is None:
+        return None
+    picked = tuple(dict.fromkeys(piece.strip() for piece in text.split(",")))
+    for name in picked:
+        if name not in known:
+            raise BadInputError(f"{option} '{name}' is not known{did_you_mean(name, known)}; known: {', '.join(known)}")
+    return picked
+
+
+@contextlib.contextmanager
+def warnings_to_stderr(*, quiet: bool) -> Iterator[None]:
+    """Show Python warnings as single lines on stderr, each once; none with ``quiet``."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
+        line = f"warning: {' '.join(str(message).split())}"
+        if not quiet and line not in seen:
+            seen.add(line)
+            sys.stderr.write(line + "\n")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,136 @@
+"""``effcli profile``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effcli.cli.options import FormatOption, OutputOption, QuietOption
+from effcli.cli.output import (
+    check_writable,
+    chosen_names,
+    emit,
+    format_of,
+    fractions,
+    positive_numbers,
+    warnings_to_stderr,
+)
+from effcli.cli.progress import progress_bars
+from effcli.errors import BadInputError
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    from effcli.builtin_models import CATALOGUE
+
+    return [name for name in CATALOGUE if name.startswith(incomplete)]
+
+
+def _complete_profilers(incomplete: str) -> list[str]:
+    from profilers.registry import names
+
+    head, comma, tail = incomplete.rpartition(",")
+    return [head + comma + name for name in names() if name.startswith(tail)]
+
+
+def read_text(path: Path | None) -> str | None:
+    """Read the text to measure on.
+
+    Raises
+    ------
+    BadInputError
+        If the file cannot be read or is empty.
+    """
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInputError(f"no text file at '{path}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"cannot read text file '{path}': {error}") from None
+    if not text.strip():
+        raise BadInputError(f"text file '{path}' is empty; give one with some thousand words")
+    return text
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Built-in name (see 'effcli models'), transformers folder, .gguf file, config.json, or hub id.",
+            autocompletion=_complete_model,
+        ),
+    ],
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            help="Run only these profilers, comma-separated: see 'effcli profilers'.",
+            autocompletion=_complete_profilers,
+        ),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option("--context", "-c", help="Context lengths in tokens, comma-separated.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Batch sizes, comma-separated.")] = "1",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, float16, bfloat16.")] = "auto",
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Count from the config on the meta device; needs no weights.")
+    ] = False,
+    epsilon: Annotated[
+        str, typer.Option("--epsilon", help="Sink threshold, or several, comma-separated; verdicts quote the first.")
+    ] = "0.3",
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences the sink rate averages over.")] = 100,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 file to measure on; default: a text every Python has.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load pickled weights (.bin, .pt): they can run code.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
+    ] = False,
+    format_: FormatOption = None,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a model on this device: roofline, attention sinks, KV cache, latency, energy, outliers."""
+    from profilers.registry import names
+
+    outputs = list(output or [])
+    for path in outputs:
+        format_of(path, format_)
+        check_writable(path)
+    arguments = {
+        "only": chosen_names(only, names(), "--only"),
+        "batch": positive_numbers(batch, "--batch") or (1,),
+        "context": positive_numbers(context, "--context"),
+        "epsilon": fractions(epsilon, "--epsilon"),
+        "text": read_text(text),
+    }
+    from effcli.api import profile
+
+    with progress_bars(quiet=quiet) as progress, warnings_to_stderr(quiet=quiet):
+        result = profile(
+            model,
+            **arguments,
+            device=device,
+            dtype=dtype,
+            config_only=config_only,
+            sequences=sequences,
+            seed=seed,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            command=shlex.join(["effcli", *sys.argv[1:]]),
+        )
+    emit(result.to_dict(), format_, outputs, quiet=quiet)
