@@ -186,6 +186,10 @@ def _live(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
         device_reason="where the live model is",
         dtype=model.dtype,
         dtype_reason="the live model's own",
+        load_seconds=None,
+        notes=(),
+        fingerprint=None,
+        revision=None,
     )
 
 
@@ -216,7 +220,7 @@ def _model_info(loaded: LoadedModel) -> ModelInfo:
         layers=getattr(config, "num_hidden_layers", None),
         hidden_size=hidden,
         attention_heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=getattr(config, "num_key_value_heads", None),
         head_dim=head_dim,
         context_limit=getattr(config, "max_position_embeddings", None),
         revision=loaded.revision,

@@ -70,8 +70,7 @@ def _show(diagnosis: Diagnosis, console: Console) -> None:
             rows.append(("copy", formatting.bandwidth(device.peaks.copy_bytes_per_second)))
             rows.append(("read", formatting.bandwidth(device.peaks.read_bytes_per_second)))
             rows += [
-                (f"matmul {dtype}", formatting.flop_rate(rate))
-                for dtype, rate in device.peaks.flops_per_second.items()
+                (f"matmul {dtype}", formatting.flop_rate(rate)) for dtype, rate in device.peaks.flops_per_second.items()
             ]
         elif device.peaks_reason:
             rows.append(("peaks", device.peaks_reason))

@@ -121,7 +121,7 @@ def emit(data: dict[str, Any], chosen: Format | None, outputs: list[Path], *, qu
         sys.stdout.write(render(data, name))
 
 
-def positive_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+def positive_numbers(text: str, option: str) -> tuple[int, ...]:
     """Parse ``"1,8"`` into ``(1, 8)``.
 
     Raises
@@ -129,8 +129,6 @@ def positive_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     BadInputError
         For anything but positive whole numbers.
     """
-    if text is None:
-        return None
     values = []
     for piece in text.split(","):
         if not piece.strip().isdecimal() or int(piece) < 1:

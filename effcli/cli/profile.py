@@ -36,7 +36,7 @@ def _complete_profilers(incomplete: str) -> list[str]:
     return [head + comma + name for name in names() if name.startswith(tail)]
 
 
-def read_text(path: Path | None) -> str | None:
+def read_text(path: Path) -> str:
     """Read the text to measure on.
 
     Raises
@@ -44,8 +44,6 @@ def read_text(path: Path | None) -> str | None:
     BadInputError
         If the file cannot be read or is empty.
     """
-    if path is None:
-        return None
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -109,19 +107,21 @@ def command(
     for path in outputs:
         format_of(path, format_)
         check_writable(path)
-    arguments = {
-        "only": chosen_names(only, names(), "--only"),
-        "batch": positive_numbers(batch, "--batch") or (1,),
-        "context": positive_numbers(context, "--context"),
-        "epsilon": fractions(epsilon, "--epsilon"),
-        "text": read_text(text),
-    }
+    chosen = chosen_names(only, names(), "--only")
+    batches = positive_numbers(batch, "--batch")
+    contexts = positive_numbers(context, "--context") if context is not None else None
+    epsilons = fractions(epsilon, "--epsilon")
+    sample = read_text(text) if text is not None else None
     from effcli.api import profile
 
     with progress_bars(quiet=quiet) as progress, warnings_to_stderr(quiet=quiet):
         result = profile(
             model,
-            **arguments,
+            only=chosen,
+            batch=batches,
+            context=contexts,
+            epsilon=epsilons,
+            text=sample,
             device=device,
             dtype=dtype,
             config_only=config_only,
