@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all test-latest lint bench docs clean
+.PHONY: demo test test-latest test-oldest lint bench docs clean
 
 # pip takes torch from the constraints first, so that no other package's range pulls in a second build of it.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -34,13 +34,22 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## The core tests on the newest releases of everything but torch, whose newest build is the one installed first.
+# A fresh environment takes the newest release of everything; TORCH="==2.13.0" keeps a certain torch build.
+define in-fresh-venv
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet $(2)
+	$(1)/bin/python -m pip install --quiet --editable '.[test]'
+	$(1)/bin/python -m pip list | grep -E '^(torch|transformers) '
+	$(1)/bin/python -m pytest -m "not slow and not browser and not builtin"
+endef
+
+## The core tests on the newest releases.
 test-latest:
-	$(PYTHON) -m venv .venv-latest
-	.venv-latest/bin/python -m pip install --quiet --upgrade pip
-	.venv-latest/bin/python -m pip install --quiet torch$(TORCH)
-	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(or $(LATEST_CONSTRAINTS),/dev/null) --editable '.[test]'
-	.venv-latest/bin/python -m pytest -m "not slow and not browser"
+	$(call in-fresh-venv,.venv-latest,'torch$(TORCH)')
+
+## The core tests on the oldest releases that pyproject.toml admits.
+test-oldest:
+	$(call in-fresh-venv,.venv-oldest,'torch$(or $(TORCH),==2.11.0)' 'transformers==5.15.0')
 
 ## Measure what the project promises; ratios within one run. Writes JSON lines to stdout.
 bench: $(VENV)/.test
@@ -51,4 +60,4 @@ docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) .venv-latest demo build dist *.egg-info
+	rm -rf $(VENV) .venv-latest .venv-oldest demo build dist *.egg-info
