@@ -1,0 +1,120 @@
+"""What a report is made of, before it is terminal text, Markdown or HTML.
+
+::
+
+    saved report (dict) ──> sections/*.py ──> Section(blocks) ──> terminal.py | markdown.py | html.py
+
+Blocks hold finished text (formatted, units included), so that every rendering shows the same figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Heading of a table column; numbers are set flush right and never wrapped."""
+
+    title: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings, with notes (reasons of missing figures, warnings) below."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Name and value pairs."""
+
+    title: str
+    pairs: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A value in 0 … 1 for each layer and head; ``None`` for a layer that has none.
+
+    Attributes
+    ----------
+    title : str
+    values : tuple of (tuple of float) or None
+        By layer, then head.
+    threshold : float
+        The value above which a head counts.
+    """
+
+    title: str
+    values: tuple[tuple[float, ...] | None, ...]
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Where a rendering that can draw puts the chart called ``name``; the others leave it out."""
+
+    name: str
+
+
+Block = Table | Facts | HeatMap | Chart
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report. ``name`` is the profiler's name, or that of the part of the report."""
+
+    name: str
+    title: str
+    lead: tuple[str, ...]
+    blocks: tuple[Block, ...]
+
+
+def columns(*titles: str) -> tuple[Column, ...]:
+    """Return columns; a title that starts with ``<`` is text, flush left."""
+    return tuple(Column(title.removeprefix("<"), numeric=not title.startswith("<")) for title in titles)
+
+
+def unique(notes: Iterable[str | None]) -> tuple[str, ...]:
+    """Return the notes that say something, each once, in order."""
+    return tuple(dict.fromkeys(note for note in notes if note))
+
+
+def items(section: Any, key: str) -> list[Any]:
+    """Return the list at ``key``, empty where the report has none."""
+    found = section.get(key) if isinstance(section, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def profile(report: Report, name: str) -> Report | None:
+    """Return what the profiler called ``name`` found, or None if it did not run."""
+    found = (report.get("profiles") or {}).get(name)
+    return found if isinstance(found, dict) else None
+
+
+def main_point(points: Sequence[Report], phase: str | None = None) -> Report | None:
+    """Return the point that sentences quote: the first of its phase that was timed, else the first."""
+    of_phase = [point for point in points if phase is None or point.get("phase") == phase]
+    timed = [point for point in of_phase if point.get("time_seconds") is not None]
+    return next(iter(timed or of_phase), None)
+
+
+def where(point: Report) -> str:
+    """Return ``batch 1, context 512``."""
+    return f"batch {point.get('batch')}, context {point.get('context'):,}"
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """Return part / whole, or None where that is not known."""
+    return None if part is None or not whole else part / whole

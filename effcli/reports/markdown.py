@@ -1,0 +1,83 @@
+"""The report as Markdown (GitHub tables), for issues, pull requests and model cards."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+
+from effcli import formatting as fmt
+from effcli.formatting import printable
+from effcli.reports.blocks import Block, Chart, Facts, HeatMap, Report, Table
+from effcli.reports.sections import sections
+from effcli.reports.shades import SHADES, downsample, shade
+from effcli.reports.verdict import verdict
+
+_MARKUP = re.compile(r"([\\`*\[\]|])")
+MOST_LAYERS, MOST_HEADS = 64, 32
+
+
+def escape(text: str) -> str:
+    """Return text that Markdown shows as it is, in a table cell too."""
+    return _MARKUP.sub(r"\\\1", html.escape(printable(text), quote=False))
+
+
+def to_markdown(report: Report) -> str:
+    """Return the whole report as Markdown."""
+    source = (report.get("model") or {}).get("source") or "a model"
+    lines = [f"# Profile of {escape(source)}", ""]
+    first, *others = verdict(report)
+    lines += [f"**{escape(first)}**", "", *(f"- {escape(sentence)}" for sentence in others), ""]
+    for section in sections(report):
+        lines += [f"## {escape(section.title)}", ""]
+        for sentence in section.lead:
+            lines += [escape(sentence), ""]
+        for block in section.blocks:
+            lines += _block(block)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _block(block: Block) -> Iterator[str]:
+    if isinstance(block, Chart):
+        return
+    if block.title:
+        yield f"### {escape(block.title)}"
+        yield ""
+    if isinstance(block, HeatMap):
+        yield from _heat_map(block)
+    elif isinstance(block, Facts):
+        for name, value in block.pairs:
+            yield f"- {escape(name)}: {escape(value)}"
+        yield ""
+        yield from _notes(block.notes)
+    else:
+        yield from _table(block)
+        yield from _notes(block.notes)
+
+
+def _notes(notes: tuple[str, ...]) -> Iterator[str]:
+    for note in notes:
+        yield f"_{escape(note)}_"
+        yield ""
+
+
+def _table(table: Table) -> Iterator[str]:
+    if not table.rows:
+        return
+    yield "| " + " | ".join(escape(column.title) for column in table.columns) + " |"
+    yield "|" + "|".join("---:" if column.numeric else ":---" for column in table.columns) + "|"
+    for row in table.rows:
+        yield "| " + " | ".join(escape(cell) for cell in row) + " |"
+    yield ""
+
+
+def _heat_map(heat_map: HeatMap) -> Iterator[str]:
+    grid, note = downsample(heat_map.values, MOST_LAYERS, MOST_HEADS)
+    yield "```text"
+    for head in range(len(grid[0]) if grid else 0):
+        yield "".join(shade(layer[head]) for layer in grid)
+    yield "```"
+    yield ""
+    legend = f"Layers left to right, heads top to bottom; shades {' '.join(SHADES[1:])} from 0 to 1, · not applicable. "
+    yield f"_{legend}Threshold {fmt.short(heat_map.threshold)}. {note}_".replace(" _", "_")
+    yield ""

@@ -1,0 +1,57 @@
+"""One saved report, four renderings. Nothing here imports torch; rich and jinja2 are imported when they are needed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from effcli.errors import BadInputError, did_you_mean
+from effcli.reports.blocks import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMATS = ("human", "json", "markdown", "html")
+
+
+def render(data: Report, format: str = "human", console: Console | None = None) -> str:
+    """Return a saved report as text.
+
+    Parameters
+    ----------
+    data : dict
+        As :func:`effcli.reports.model.read_report` or ``ProfileReport.to_dict`` returns it.
+    format : str
+        ``human`` (terminal), ``json``, ``markdown`` or ``html`` (one self-contained file).
+    console : rich.console.Console, optional
+        For ``human``: decides width and colour, and the text is written to it. Without one, 80 columns without colour.
+
+    Returns
+    -------
+    str
+        Ends with a newline. ``human`` text holds terminal colours only if ``console`` is a terminal.
+
+    Raises
+    ------
+    BadInputError
+        If there is no such format.
+    """
+    if format == "human":
+        from effcli.reports.terminal import to_terminal
+
+        text = to_terminal(data, console)
+        if console is not None:
+            console.file.write(text)
+            console.file.flush()
+        return text
+    if format == "json":
+        return json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    if format == "markdown":
+        from effcli.reports.markdown import to_markdown
+
+        return to_markdown(data)
+    if format == "html":
+        from effcli.reports.html import to_html
+
+        return to_html(data)
+    raise BadInputError(f"no report format '{format}'{did_you_mean(format, FORMATS)}; known: {', '.join(FORMATS)}")

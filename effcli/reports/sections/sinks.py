@@ -1,0 +1,163 @@
+"""Attention sinks: rates, a heat map of layers and heads, and what goes with a sink."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from effcli import formatting as fmt
+from effcli.formatting import printable
+from effcli.reports.blocks import Block, Chart, HeatMap, Report, Section, Table, columns, items, unique
+
+TOP_POSITIONS = 5
+TOP_ACTIVATIONS = 8
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def bos_label(point: Report) -> str:
+    """Return ``with BOS`` or ``without BOS``."""
+    return "with BOS" if point.get("bos") else "without BOS"
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """Draw values ≥ 0 as a line of block characters, at most ``width`` of them, the largest at full height."""
+    if not values:
+        return fmt.MISSING
+    if len(values) > width:
+        edges = [round(step * len(values) / width) for step in range(width + 1)]
+        values = [sum(values[low:high]) / (high - low) for low, high in zip(edges, edges[1:], strict=False)]
+    top = max(values) or 1.0
+    return "".join(SPARKS[min(len(SPARKS) - 1, int(value / top * len(SPARKS)))] for value in values)
+
+
+def heat_maps(result: Report) -> tuple[HeatMap, ...]:
+    """Return one heat map for each point."""
+    epsilon = result.get("epsilon") or 0.0
+    return tuple(
+        HeatMap(
+            f"First-token attention α₁, {point.get('context'):,} tokens, {bos_label(point)}",
+            tuple(None if row is None else tuple(row) for row in point.get("alpha") or []),
+            epsilon,
+        )
+        for point in items(result, "points")
+        if any(row for row in point.get("alpha") or [])
+    )
+
+
+def section(result: Report, report: Report) -> Section:
+    """Build the section."""
+    lead = [
+        f"A head is a sink when the first token receives more than ε = {fmt.short(result.get('epsilon'))} of its "
+        f"attention (mean over queries). {fmt.integer(result.get('sequences'))} sequences from: "
+        f"{printable(result.get('text'))}."
+    ]
+    blocks: list[Block] = [_rates(result), Chart("sinks"), *heat_maps(result)]
+    if any(point.get("positions") for point in items(result, "points")):
+        blocks.append(_positions(result))
+    blocks.append(_massive(result))
+    if items(result, "perturbation"):
+        blocks.append(_perturbation(result))
+    return Section("sinks", "Attention sinks", tuple(lead), tuple(blocks))
+
+
+def _rates(result: Report) -> Table:
+    points = items(result, "points")
+    extra = [epsilon for epsilon in items(result, "epsilons") if epsilon != result.get("epsilon")]
+    rows = []
+    for point in points:
+        heads = [alpha for row in point.get("alpha") or [] if row for alpha in row]
+        norms = [norm for norm in point.get("value_norm_ratio") or [] if norm is not None]
+        by_epsilon = {float(key): rate for key, rate in (point.get("sink_rate_by_epsilon") or {}).items()}
+        rows.append(
+            (
+                fmt.integer(point.get("context")),
+                fmt.yes_no(point.get("bos")),
+                fmt.percent(point.get("sink_rate")),
+                *(fmt.percent(by_epsilon.get(float(epsilon))) for epsilon in extra),
+                fmt.significant(sum(heads) / len(heads) if heads else None),
+                fmt.significant(max(heads, default=None)),
+                fmt.significant(point.get("uniform_alpha")),
+                fmt.significant(median(norms) if norms else None),
+            )
+        )
+    notes: list[str | None] = [
+        "Value norm: the first token's value over the median token's, median over layers; small means that attending "
+        "to it adds little."
+    ]
+    if result.get("bos_reason"):
+        notes.append(printable(result["bos_reason"]))
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in (result.get("not_applicable") or {}).items():
+        by_reason.setdefault(printable(reason), []).append(layer)
+    notes += [f"Not applicable, layer {', '.join(layers)}: {reason}" for reason, layers in by_reason.items()]
+    notes += [f"No positions: {printable(point['positions_reason'])}" for point in points if point.get("positions_reason")]
+    heads_row = columns(
+        "context",
+        "<BOS",
+        "sink rate",
+        *(f"ε={fmt.short(epsilon)}" for epsilon in extra),
+        "mean α₁",
+        "max α₁",
+        "uniform α₁",
+        "value norm",
+    )
+    return Table("Sink rate", heads_row, tuple(rows), unique(notes))
+
+
+def _positions(result: Report) -> Table:
+    rows = []
+    for point in items(result, "points"):
+        strongest = sorted(point.get("positions") or [], key=lambda found: found["mean_alpha"], reverse=True)
+        rows += [
+            (
+                fmt.integer(point.get("context")),
+                fmt.yes_no(point.get("bos")),
+                fmt.integer(found["position"]),
+                fmt.significant(found["mean_alpha"]),
+                fmt.percent(found["sink_rate"]),
+            )
+            for found in strongest[:TOP_POSITIONS]
+        ]
+    heads = columns("context", "<BOS", "position", "mean α", "sink rate")
+    return Table("Strongest positions (1 is the first token)", heads, tuple(rows))
+
+
+def _massive(result: Report) -> Table:
+    found = sorted(items(result, "massive_activations"), key=lambda entry: abs(entry["value"]), reverse=True)
+    rows = tuple(
+        (
+            fmt.integer(entry["layer"]),
+            fmt.integer(entry["position"]),
+            printable(repr(entry["token"])),
+            fmt.integer(entry["dimension"]),
+            fmt.significant(entry["value"]),
+            fmt.significant(entry["ratio_to_median"]),
+            fmt.yes_no(entry.get("bos")),
+        )
+        for entry in found[:TOP_ACTIVATIONS]
+    )
+    count = result.get("massive_activation_count")
+    notes = [f"{fmt.integer(count)} in all, the {len(rows)} largest shown."] if count and count > len(rows) else []
+    if not rows:
+        notes.append("None found." if count == 0 else "The report lists none.")
+    heads = columns("layer", "position", "<token", "dimension", "value", "× median", "<BOS")
+    return Table("Massive activations (|a| > 100 and > 1,000 × median)", heads, rows, tuple(notes))
+
+
+def _perturbation(result: Report) -> Table:
+    rows = []
+    for spread in items(result, "perturbation"):
+        by_layer = [float(value) for value in spread.get("mean_by_layer") or []]
+        rows.append(
+            (
+                fmt.integer(spread.get("context")),
+                fmt.yes_no(spread.get("bos")),
+                fmt.integer(spread.get("changed_position")),
+                fmt.percent(by_layer[0] if by_layer else None),
+                fmt.percent(max(by_layer, default=None)),
+                fmt.percent(by_layer[-1] if by_layer else None),
+                sparkline(by_layer),
+            )
+        )
+    heads = columns("context", "<BOS", "changed", "first layer", "peak", "last layer", "<by layer")
+    notes = ("Relative change |h' − h| / |h| of the hidden state, mean over positions at and after the changed token.",)
+    return Table("Perturbation spread: one token changed", heads, tuple(rows), notes)
