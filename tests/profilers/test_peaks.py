@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+
+from profilers import peaks
+from profilers.peaks import Peaks, WorkingSetBandwidth, last_level_cache_bytes, measure_peaks
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+class Ticks:
+    """A clock that advances one second each time it is read, so that every timed interval lasts one second."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(peaks, "LARGEST_WORKING_SET", {"cpu": 2 * MIB})
+    monkeypatch.setattr(peaks, "GEMM_SECONDS", 0.05)
+
+
+def test_units_under_a_known_clock(small):
+    measured = measure_peaks(CPU, [torch.float32, torch.bfloat16], clock=Ticks())
+    # One second for each run: bytes and FLOPs of one run are the rates.
+    assert measured.copy_bytes_per_second == 2 * MIB  # 1 MiB read, 1 MiB written
+    assert measured.read_bytes_per_second == 2 * MIB
+    assert measured.memory_bytes_per_second == 2 * MIB
+    assert [level.working_set_bytes for level in measured.by_working_set] == [MIB // 4, MIB // 2, MIB, 2 * MIB]
+    # A smaller set takes as long, so its rate is lower; the envelope raises it to that of the largest.
+    assert {level.bytes_per_second for level in measured.by_working_set} == {2 * MIB}
+    assert measured.flops_per_second == {"float32": 2 * 256**3, "bfloat16": 2 * 256**3}
+    assert measured.op_overhead_seconds == 1.0
+
+
+def test_real_measurement_is_a_falling_envelope_that_ends_in_memory(small):
+    measured = measure_peaks(CPU, [torch.float32])
+    rates = [level.bytes_per_second for level in measured.by_working_set]
+    sizes = [level.working_set_bytes for level in measured.by_working_set]
+    assert rates == sorted(rates, reverse=True)
+    assert sizes == sorted(sizes)
+    assert rates[-1] == measured.memory_bytes_per_second
+    assert measured.memory_bytes_per_second == max(measured.copy_bytes_per_second, measured.read_bytes_per_second)
+    assert all(math.isfinite(rate) and rate > 0 for rate in [*rates, *measured.flops_per_second.values()])
+    assert measured.op_overhead_seconds > 0
+    assert measured.seconds_spent > 0
+    assert measured.device
+
+
+def test_dtypes_that_cannot_be_multiplied_are_left_out(small):
+    measured = measure_peaks(CPU, [torch.float32, torch.float8_e4m3fn, torch.float32], clock=Ticks())
+    assert list(measured.flops_per_second) == ["float32"]
+
+
+def test_slow_products_stop_the_search(monkeypatch):
+    monkeypatch.setattr(peaks, "LARGEST_WORKING_SET", {"cpu": MIB // 4})
+    done = []
+    monkeypatch.setattr(peaks.F, "linear", lambda x, w: done.append((x.shape[0], *w.shape)))
+    measure_peaks(CPU, [torch.float32], clock=Ticks())
+    assert {shape for shape in done if shape[0] != 1} == {(16, 16, 16), (256, 256, 256)}  # the probe and the smallest
+
+
+def test_ceiling_between_sizes_is_that_of_the_smaller():
+    levels = (WorkingSetBandwidth(100, 9.0), WorkingSetBandwidth(200, 5.0), WorkingSetBandwidth(400, 2.0))
+    measured = Peaks("x", 2.0, 1.0, 2.0, levels, {}, 1e-6, 1.0)
+    assert [measured.bandwidth(size) for size in (1, 100, 199, 200, 399, 400, 10**9)] == [9, 9, 9, 5, 5, 2, 2]
+
+
+def test_envelope_is_the_running_maximum_from_the_largest():
+    envelope = peaks._envelope([1, 2, 4, 8], [3.0, 7.0, 2.0, 4.0])
+    assert [level.bytes_per_second for level in envelope] == [7, 7, 4, 4]
+
+
+def test_working_sets_stay_within_a_part_of_the_memory(monkeypatch):
+    monkeypatch.setattr(peaks, "memory_available_bytes", lambda device: 80 * MIB)
+    monkeypatch.setattr(peaks, "last_level_cache_bytes", lambda device: None)
+    sizes = peaks._working_sets(CPU)
+    assert sizes[0] == peaks.SMALLEST_WORKING_SET
+    assert sizes[-1] == 8 * MIB  # the largest power of two within 80 / 8
+    assert all(b == 2 * a for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_main_memory_set_exceeds_the_cache(monkeypatch):
+    monkeypatch.setattr(peaks, "memory_available_bytes", lambda device: 64 << 30)
+    monkeypatch.setattr(peaks, "last_level_cache_bytes", lambda device: 128 * MIB)
+    assert peaks._working_sets(CPU)[-1] == 512 * MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_filler_is_made_of_ordinary_numbers_in_every_view(dtype):
+    filler = peaks._random((1 << 18,), torch.bfloat16, CPU).view(dtype)
+    assert torch.isfinite(filler).all()
+    subnormal = filler.abs() < torch.finfo(dtype).smallest_normal
+    assert subnormal.double().mean() < 1e-3
+    assert filler.unique().numel() > 1000
+
+
+def test_filler_has_the_shape_asked_for():
+    assert peaks._random((3, peaks.TILE_ELEMENTS // 2), torch.float32, CPU).shape == (3, peaks.TILE_ELEMENTS // 2)
+    assert peaks._random((5,), torch.bfloat16, CPU).dtype == torch.bfloat16
+
+
+def test_last_level_cache_is_plausible_or_unknown():
+    size = last_level_cache_bytes(CPU)
+    assert size is None or 64 << 10 <= size <= 4 << 30
+
+
+def test_progress_gets_one_step_for_each_size_and_dtype(small):
+    import contextlib
+
+    class Recorder:
+        steps, total = 0, 0
+
+        @contextlib.contextmanager
+        def task(self, description, total=None):
+            self.total = total
+            yield self
+
+        def advance(self, steps=1.0):
+            self.steps += steps
+
+    recorder = Recorder()
+    measure_peaks(CPU, [torch.float32], recorder, clock=Ticks())
+    assert recorder.steps == recorder.total == 5
