@@ -12,11 +12,11 @@ one block at a time.
 
 Two ways in, chosen from how the model calls its attention:
 
-- loaded with ``sdpa``: calls of :func:`torch.nn.functional.scaled_dot_product_attention` are intercepted; the model
-  runs exactly as it was loaded;
+- loaded with ``sdpa``: calls of :func:`torch.nn.functional.scaled_dot_product_attention` are intercepted; results are
+  the same to the bit where torch would take that kernel too, and agree to rounding where it would take another;
 - loaded with anything else (``eager``, flash attention, a model with learned sinks): where the architecture uses
   transformers' attention interface, our function is registered there for the time of the context; otherwise the model
-  is switched to ``sdpa`` for that time. Results then agree to rounding, not to the bit.
+  is switched to ``sdpa`` for that time. Results agree to rounding.
 
 An attention that computes its own softmax in neither place cannot be observed and raises, naming the module.
 """
