@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from effcli.sources import Source
+from effcli import builtin_models, gguf_files
+from effcli.checkpoint_files import (
+    CONFIG,
+    WeightFiles,
+    bytes_when_loaded,
+    check_safetensors,
+    check_trust,
+    find_weights,
+    fingerprint,
+    read_json,
+    stored_dtype,
+)
+from effcli.errors import BadInputError, NoRoomError, SourceError, did_you_mean
+from effcli.quiet import quiet_transformers
+from effcli.sources import PIPELINE_NOTE, Source
 
 if TYPE_CHECKING:
     import torch
@@ -13,10 +33,55 @@ if TYPE_CHECKING:
 
     from profilers.base import Progress
 
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+# Share of a GPU's free memory that weights may take before they are spread: kernels and activations need the rest.
+GPU_SHARE_FOR_WEIGHTS = 0.95
+_BFLOAT16_CAPABILITY = (8, 0)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
 
 @dataclass
 class LoadedModel:
-    """A model ready to be measured, with everything a report says about where it came from."""
+    """A model ready to be measured, with everything a report says about where it came from.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        In evaluation mode; on the meta device with ``config_only``.
+    config : PreTrainedConfig
+    tokenizer : PreTrainedTokenizerBase or None
+        None, with a note that says why, where there is none.
+    source : Source
+    device : torch.device
+        The device to profile, also with ``config_only``.
+    device_reason, dtype_reason : str
+        Why these were chosen.
+    dtype : torch.dtype
+        Of the weights.
+    load_seconds : float or None
+        Reading the weights onto the device; None with ``config_only``.
+    notes : tuple of str
+        What the user should know, one line each.
+    fingerprint : str or None
+        sha256 over the weight files (:func:`effcli.checkpoint_files.fingerprint`); None without weights.
+    revision : str or None
+    """
 
     model: PreTrainedModel
     config: PreTrainedConfig
@@ -33,13 +98,125 @@ class LoadedModel:
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """Return the device called ``name`` (``auto``: the best one here) and why it was chosen."""
-    raise NotImplementedError
+    """Return the device called ``name`` (``auto``: the GPU where there is one) and why it was chosen.
+
+    Raises
+    ------
+    BadInputError
+        For a name that is no device of this machine.
+    """
+    import torch
+
+    build = f"torch {torch.__version__}"
+    if torch.cuda.is_available():
+        why_no_cuda = ""
+    elif torch.version.cuda is None and torch.version.hip is None:
+        why_no_cuda = f"{build} is built without CUDA"
+    else:
+        why_no_cuda = (
+            f"{build} is built for CUDA {torch.version.cuda or torch.version.hip} but sees no GPU or no driver for it"
+        )
+    mps = torch.backends.mps.is_available()
+    known = ["auto", "cpu", *(["mps"] if mps else [])]
+    if not why_no_cuda:
+        known += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in known:
+        because = f" ({why_no_cuda})" if name.startswith("cuda") and why_no_cuda else did_you_mean(name, known)
+        raise BadInputError(f"no device '{name}' here{because}; use one of: {', '.join(known)}")
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device()), "asked for"
+    if name != "auto":
+        return torch.device(name), "asked for"
+    if not why_no_cuda:
+        return torch.device("cuda", torch.cuda.current_device()), "a CUDA GPU is there"
+    also = "; the Apple GPU is only used when asked for: --device mps" if mps else ""
+    return torch.device("cpu"), f"no CUDA GPU: {why_no_cuda}{also}"
 
 
-def choose_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the dtype called ``name`` (``auto``: the checkpoint's where the device has it) and why it was chosen."""
-    raise NotImplementedError
+def native_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Return the floating-point types that ``device`` multiplies matrices in without converting them first."""
+    import torch
+
+    native = [torch.float32]
+    if device.type == "cuda":
+        native.append(torch.float16)
+        if torch.cuda.get_device_capability(device) >= _BFLOAT16_CAPABILITY:
+            native.append(torch.bfloat16)
+    elif device.type == "mps":
+        native.append(torch.float16)
+    elif device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if platform.machine().lower() in ("aarch64", "arm64"):
+            bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else:  # the check above also says yes where AVX-512 only emulates bfloat16
+            bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if bfloat16:
+            native.append(torch.bfloat16)
+    return tuple(native)
+
+
+def choose_dtype(
+    name: str,
+    config: PreTrainedConfig,
+    device: torch.device,
+    *,
+    stored: str | None = None,
+    dequantized_from: str = "",
+) -> tuple[torch.dtype, str]:
+    """Return the dtype called ``name`` and why it was chosen.
+
+    ``auto`` is the checkpoint's own dtype where the device computes in it natively, else float32. Weights that were
+    dequantized have no dtype of their own: bfloat16 where that is native, else float32.
+
+    Parameters
+    ----------
+    name : str
+        ``auto`` or a key of ``DTYPES``.
+    config : PreTrainedConfig
+    device : torch.device
+    stored : str or None
+        dtype of the weight files, for a config that names none.
+    dequantized_from : str
+        The quantized types that the weights had, where they had.
+
+    Raises
+    ------
+    BadInputError
+        For an unknown name.
+    """
+    import torch
+
+    check_dtype_name(name)
+    if name != "auto":
+        return getattr(torch, DTYPES[name]), "asked for"
+    native = native_dtypes(device)
+    if dequantized_from:
+        if torch.bfloat16 in native:
+            return torch.bfloat16, f"dequantized from {dequantized_from}; {device.type} computes in bfloat16 natively"
+        return torch.float32, f"dequantized from {dequantized_from}; {device.type} has no native bfloat16"
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    where = "the config says"
+    if own is None and stored is not None:
+        own, where = stored, "the weights are stored in"
+    if own is None:
+        return torch.float32, "neither config nor weights name a dtype"
+    if isinstance(own, str):
+        own = getattr(torch, own.removeprefix("torch."), torch.float32)
+    short = str(own).removeprefix("torch.")
+    if own in native:
+        return own, f"{where} {short} and {device.type} computes in it natively"
+    return torch.float32, f"{where} {short}, in which {device.type} does not compute natively"
+
+
+def check_dtype_name(name: str) -> None:
+    """Refuse a dtype name that is not known, before anything slow.
+
+    Raises
+    ------
+    BadInputError
+    """
+    known = ("auto", *DTYPES)
+    if name not in known:
+        raise BadInputError(f"unknown dtype '{name}'{did_you_mean(name, known)}; use one of: {', '.join(known)}")
 
 
 def load(
@@ -52,5 +229,289 @@ def load(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load the model, its config and its tokenizer."""
-    raise NotImplementedError
+    """Load the model, its config and its tokenizer; no flag is ever taken from the checkpoint's own config.
+
+    Parameters
+    ----------
+    source : Source
+        From :func:`effcli.sources.resolve`.
+    device : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    dtype : str
+        ``auto`` or a key of ``DTYPES``.
+    config_only : bool
+        Build the model on the meta device: shapes without storage. A source of kind ``config`` implies it.
+    allow_pickle, trust_remote_code : bool
+        As in :func:`effcli.sources.resolve`.
+    progress : Progress or None
+
+    Raises
+    ------
+    SourceError
+        If the checkpoint is damaged, not trusted, incomplete or no language model.
+    BadInputError
+        For an unknown device or dtype.
+    NoRoomError
+        If the weights do not fit the memory there is.
+    """
+    check_dtype_name(dtype)
+    if source.kind == "diffusers" or source.path is None:
+        raise SourceError(f"'{source.spec}' is {PIPELINE_NOTE}")
+    chosen, device_reason = choose_device(device)
+    config_only = config_only or source.kind == "config"
+    with quiet_transformers(progress), _one_line_errors(source.spec):
+        opened = (
+            _Gguf(source) if source.kind == "gguf" else _Folder(source, config_only, allow_pickle, trust_remote_code)
+        )
+        auto = _auto_class(opened.config, source.spec, trust_remote_code=trust_remote_code)
+        torch_dtype, dtype_reason = choose_dtype(
+            dtype, opened.config, chosen, stored=opened.stored, dequantized_from=opened.dequantized_from
+        )
+        notes = [*source.notes, *opened.notes]
+        load_seconds = None
+        if config_only:
+            model = _on_meta(auto, opened.config, torch_dtype, trust_remote_code=trust_remote_code)
+            if getattr(opened.config, "quantization_config", None) is not None:
+                notes.append(f"the checkpoint is quantized; without weights it is counted in {torch_dtype}")
+        else:
+            placement, note = _placement(source.spec, opened.needed_bytes(torch_dtype), chosen)
+            start = time.perf_counter()
+            model, info = opened.load_model(auto, torch_dtype, placement)
+            _synchronize(chosen)
+            load_seconds = time.perf_counter() - start
+            notes += [note] if note else []
+            notes += _check_complete(source.spec, info)
+        model.eval()
+        tokenizer, note = opened.load_tokenizer()
+        notes += [note] if note else []
+    return LoadedModel(
+        model=model,
+        config=model.config,
+        tokenizer=tokenizer,
+        source=source,
+        device=chosen,
+        device_reason=device_reason,
+        dtype=torch_dtype,
+        dtype_reason=dtype_reason,
+        load_seconds=load_seconds,
+        notes=tuple(notes),
+        fingerprint=None if config_only else fingerprint(opened.weight_files),
+        revision=source.revision,
+    )
+
+
+class _Folder:
+    """A transformers folder, or only its config."""
+
+    def __init__(self, source: Source, config_only: bool, allow_pickle: bool, trust_remote_code: bool) -> None:
+        from transformers import AutoConfig
+
+        assert source.path is not None
+        config_file = source.path if source.kind == "config" else source.path / CONFIG
+        self._folder = config_file.parent
+        self._trust = trust_remote_code
+        raw = read_json(config_file)
+        note = check_trust(raw, f"'{config_file}'", trust_remote_code=trust_remote_code)
+        self.notes = [note] if note else []
+        self.config = AutoConfig.from_pretrained(
+            config_file, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        self._weights: WeightFiles | None = None
+        self._elements: Counter[str] = Counter()
+        if not config_only:
+            self._weights = find_weights(self._folder, allow_pickle=allow_pickle)
+            if self._weights is None:
+                raise SourceError(f"folder '{self._folder}' has no weights; add --config-only to count without them")
+            if not self._weights.pickled:
+                self._elements = check_safetensors(self._weights.files)
+        self.stored = stored_dtype(self._elements)
+        self.dequantized_from = ""
+        if source.kind == "builtin":
+            self.dequantized_from = builtin_models.read_record(source.path).quantized
+            self.notes.append(f"weights were dequantized from {self.dequantized_from} GGUF types")
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        return self._weights.files if self._weights else ()
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        assert self._weights is not None
+        if self._weights.pickled:
+            own = getattr(self.config, "dtype", None)
+            stored_bytes = own.itemsize if own is not None else dtype.itemsize
+            return sum(path.stat().st_size for path in self._weights.files) * dtype.itemsize // stored_bytes
+        quantized = getattr(self.config, "quantization_config", None) is not None
+        return bytes_when_loaded(self._elements, dtype.itemsize, keep_stored=quantized)
+
+    def load_model(self, auto: type[Any], dtype: torch.dtype, placement: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        assert self._weights is not None
+        model, info = auto.from_pretrained(
+            self._folder,
+            config=self.config,
+            dtype=dtype,
+            device_map=placement,
+            use_safetensors=not self._weights.pickled,
+            trust_remote_code=self._trust,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        return model, info
+
+    def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+        from transformers import AutoTokenizer
+
+        if not any((self._folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None, "no tokenizer: none of its files is there"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._folder, config=self.config, trust_remote_code=self._trust, local_files_only=True
+            )
+        except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+            return None, f"no tokenizer: its files cannot be loaded ({_first_line(error)})"
+        return tokenizer, None
+
+
+class _Gguf:
+    """A GGUF file."""
+
+    def __init__(self, source: Source) -> None:
+        assert source.path is not None
+        self._path = source.path.absolute()
+        self._facts = gguf_files.read_facts(self._path)
+        self.config = gguf_files.load_config(self._path)
+        self.weight_files = (self._path,)
+        self.stored = self._facts.stored_dtype
+        self.dequantized_from = self._facts.quantized
+        self.notes = []
+        if self.dequantized_from:
+            self.notes.append(f"weights were dequantized from {self.dequantized_from} GGUF types")
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        return sum(self._facts.elements.values()) * dtype.itemsize
+
+    def load_model(self, auto: type[Any], dtype: torch.dtype, placement: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return gguf_files.load_model(self._path, auto, self.config, dtype, device_map=placement)
+
+    def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+        try:
+            return gguf_files.load_tokenizer(self._path, self._facts), None
+        except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+            return None, f"no tokenizer: the one in the GGUF file cannot be loaded ({_first_line(error)})"
+
+
+def _auto_class(config: PreTrainedConfig, spec: str, *, trust_remote_code: bool) -> Any:
+    """Return the auto class that builds this config's language model."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    seq2seq = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    own_code = getattr(config, "auto_map", None) or {}
+    for auto in (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForCausalLM):
+        if trust_remote_code and auto.__name__ in own_code:
+            return auto
+    model_type = config.model_type
+    architectures = list(config.architectures or ())
+    texts = {*causal.values(), *seq2seq.values()}
+    # A name that transformers does not have (an old fork's) says nothing; one it has for another task does.
+    other_task = [name for name in architectures if name not in texts and hasattr(transformers, name)]
+    encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not architectures
+    if not other_task:
+        if config.is_encoder_decoder and model_type in seq2seq:
+            return transformers.AutoModelForSeq2SeqLM
+        if model_type in causal and (not encoder or getattr(config, "is_decoder", False)):
+            return transformers.AutoModelForCausalLM
+    named = other_task[0] if other_task else (architectures[0] if architectures else model_type)
+    raise SourceError(
+        f"'{spec}' has architecture {named} (model_type '{model_type}'), which does not generate text; "
+        "give a causal or an encoder-decoder language model"
+    )
+
+
+def _on_meta(auto: type[Any], config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _placement(spec: str, needed: int, device: torch.device) -> tuple[Any, str | None]:
+    """Return transformers' ``device_map`` for weights of ``needed`` bytes, and a note where they are spread."""
+    import torch
+
+    from profilers.device import memory_available_bytes
+
+    cpu_free = memory_available_bytes(torch.device("cpu"))
+    if device.type == "cpu":
+        if needed > cpu_free:
+            raise _no_room(spec, needed, f"{_gigabytes(cpu_free)} of memory are free")
+        return None, None
+    if device.type != "cuda":
+        return {"": device}, None
+    free = memory_available_bytes(device)
+    if needed <= free * GPU_SHARE_FOR_WEIGHTS:
+        return {"": device}, None
+    gpus_free = sum(memory_available_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    if needed > gpus_free * GPU_SHARE_FOR_WEIGHTS + cpu_free:
+        raise _no_room(spec, needed, f"{_gigabytes(gpus_free)} are free on GPUs and {_gigabytes(cpu_free)} beside them")
+    return "auto", (
+        f"weights of {_gigabytes(needed)} do not fit {device} ({_gigabytes(free)} free): accelerate spread them over "
+        "the devices there are, so times include moving data between them"
+    )
+
+
+def _no_room(spec: str, needed: int, free: str) -> NoRoomError:
+    return NoRoomError(
+        f"the weights of '{spec}' need {_gigabytes(needed)} and {free}; use a smaller --dtype, or --config-only"
+    )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _check_complete(spec: str, info: dict[str, Any]) -> list[str]:
+    """Refuse a model of which transformers made up a part; note weights that it left unread."""
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise SourceError(
+            f"the weights of '{spec}' lack {len(missing)} tensors, first '{missing[0]}', which would be random; "
+            f"fetch the checkpoint again or correct its {CONFIG}"
+        )
+    mismatched = sorted(str(item[0]) for item in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise SourceError(f"the weights of '{spec}' have another shape than its {CONFIG} says, first '{mismatched[0]}'")
+    unread = sorted(info.get("unexpected_keys", ()))
+    return (
+        [f"{len(unread)} tensors of the checkpoint belong to no layer and were left, first '{unread[0]}'"]
+        if unread
+        else []
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    from profilers.device import synchronize
+
+    synchronize(device)
+
+
+@contextlib.contextmanager
+def _one_line_errors(spec: str) -> Iterator[None]:
+    """Turn what transformers and torch raise about a checkpoint into one line."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, StrictDataclassError, OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise NoRoomError(
+                f"memory ran out while loading '{spec}' ({_first_line(error)}); use a smaller --dtype, or --config-only"
+            ) from error
+        raise SourceError(f"transformers cannot load '{spec}': {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
