@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,9 @@ def _grouped_mm(
 META_KERNELS: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
 
 
+_active: ContextVar[bool] = ContextVar("meta_kernels_active", default=False)
+
+
 class _MetaKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kernel = META_KERNELS.get(func)
@@ -78,6 +82,16 @@ class _MetaKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def meta_compatible() -> Iterator[None]:
-    """Inside this block, ops that torch refuses on the meta device for their dtype work there; others are untouched."""
-    with _MetaKernels():  # type: ignore[no-untyped-call]
+    """Inside this block, ops that torch refuses on the meta device for their dtype work there; others are untouched.
+
+    Nested blocks do nothing: a dispatch mode entered between the two still sees every op.
+    """
+    if _active.get():
         yield
+        return
+    token = _active.set(True)
+    try:
+        with _MetaKernels():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        _active.reset(token)

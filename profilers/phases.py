@@ -35,7 +35,7 @@ class PhaseState:
     cache : object or None
         A ``transformers`` cache; :func:`decode_step` grows it in place. ``None`` if the model keeps none.
     logits : torch.Tensor
-        Shape (batch, 1, vocabulary), or (batch, tokens, vocabulary) if the model cannot compute the last position alone.
+        Shape (batch, 1, vocabulary), or (batch, tokens, vocabulary) if the model cannot compute the last alone.
     encoder_outputs : object or None
         Of encoder-decoder models.
     """
