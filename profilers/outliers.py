@@ -187,12 +187,7 @@ def tensor_statistics(table: torch.Tensor, kind: str, name: str, bits: int = BIT
         table = table[torch.linspace(0, channels - 1, kept, device=table.device).long()]
     table = table.float()
     median = _lower_median(table.abs().flatten())
-    centred = table.double()
-    centred -= centred.mean()
-    squares = centred.square_()
-    variance = float(squares.mean())
-    kurtosis = float(squares.square_().mean()) / variance**2 if variance > 0 else None
-    del centred, squares
+    kurtosis = _kurtosis(table)
     by_channel, by_token = scale_quality(table, bits, "channel"), scale_quality(table, bits, "token")
     return replace(
         row,
@@ -218,6 +213,16 @@ def _suits(by_channel: float | None, by_token: float | None) -> str | None:
     if by_channel * NOISE_MARGIN < by_token:
         return "per-channel"
     return "per-token" if by_token * NOISE_MARGIN < by_channel else "either"
+
+
+def _kurtosis(values: torch.Tensor) -> float | None:
+    """Return Pearson's kurtosis, summed in float64; None for a constant."""
+    centred = values - values.mean(dtype=torch.float64).float()
+    variance = float(centred.square().mean(dtype=torch.float64))
+    if variance == 0:
+        return None
+    standard = centred.div_(math.sqrt(variance))  # at most sqrt(N), so that its fourth power cannot overflow
+    return float(standard.square_().square_().mean(dtype=torch.float64))
 
 
 def _lower_median(values: torch.Tensor) -> float:
