@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effcli.disk import disk_errors, free_bytes
 from effcli.errors import BadInputError, NoRoomError, SourceError, did_you_mean
+from effcli.formatting import data_size
 
 if TYPE_CHECKING:
     from profilers.base import Progress
@@ -186,8 +188,6 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     NoRoomError
         If the disk is too small.
     """
-    from effcli.download import disk_errors
-
     model, folder = _known(name), model_folder(name)
     damage = _damage(model, folder)
     if damage is None:
@@ -195,10 +195,10 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     with disk_errors(folder.parent, model.disk_bytes):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale_staging(folder.parent)
-        free = shutil.disk_usage(folder.parent).free
+        free = free_bytes(folder)
         if free < model.disk_bytes:
             raise NoRoomError(
-                f"'{name}' needs {model.disk_bytes / 1e6:.0f} MB of disk at '{folder.parent}' and {free / 1e6:.0f} MB "
+                f"'{name}' needs {data_size(model.disk_bytes)} of disk at '{folder.parent}' and {data_size(free)} "
                 "are free; free some, or set EFFCLI_CACHE to a folder on another disk"
             )
         with tempfile.TemporaryDirectory(prefix=_STAGING_PREFIX, dir=folder.parent) as staging:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -11,12 +10,12 @@ import ssl
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effcli.errors import NoRoomError, SourceError
+from effcli.disk import disk_errors
+from effcli.errors import SourceError
 
 if TYPE_CHECKING:
     import httpx
@@ -28,8 +27,6 @@ DEFAULT_INDEX = "https://pypi.org/simple"
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _TIMEOUT_SECONDS = 30.0
 _PIP_TIMEOUT_SECONDS = 30.0
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def index_url() -> str:
@@ -47,24 +44,6 @@ def index_url() -> str:
         if shown.returncode == 0 and shown.stdout.strip():
             return shown.stdout.strip().rstrip("/")
     return DEFAULT_INDEX
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written inside the block into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise NoRoomError(
-                f"the disk of '{folder}' is full, {needed / 1e6:.0f} MB are needed; nothing was kept: free some space, "
-                "or set EFFCLI_CACHE to a folder on another disk"
-            ) from None
-        if error.errno in _NOT_ALLOWED:
-            raise SourceError(
-                f"cannot write to '{folder}' ({error.strerror}); set EFFCLI_CACHE to a folder that can be written"
-            ) from None
-        raise
 
 
 def download(

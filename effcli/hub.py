@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from effcli import builtin_models
 from effcli.checkpoint_files import CONFIG, PICKLE_SUFFIXES, PIPELINE, check_trust, read_json
+from effcli.disk import free_bytes
 from effcli.errors import NoRoomError, SourceError, did_you_mean
+from effcli.formatting import data_size
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -154,10 +155,10 @@ class HubModel:
             for name in wanted
             if not isinstance(try_to_load_from_cache(self.spec, name, revision=info.sha), str)
         )
-        free = _free_bytes(Path(HF_HUB_CACHE))
-        if free is not None and todo > free:
+        free = free_bytes(Path(HF_HUB_CACHE))
+        if todo > free:
             raise NoRoomError(
-                f"'{self.spec}' needs {todo / 1e9:.1f} GB of disk at '{HF_HUB_CACHE}' and {free / 1e9:.1f} GB are "
+                f"'{self.spec}' needs {data_size(todo)} of disk at '{HF_HUB_CACHE}' and {data_size(free)} are "
                 "free; free some, or set HF_HOME to a larger disk"
             )
         with _byte_bars(progress, f"fetching {self.spec}", todo) as tqdm_class:
@@ -209,14 +210,6 @@ def _unreachable(why: Exception) -> str:
     if isinstance(why, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE keeps the hub from being asked"
     return f"the hub cannot be reached ({_brief(why)})"
-
-
-def _free_bytes(folder: Path) -> int | None:
-    """Return the free bytes of the disk that ``folder`` is or will be on."""
-    for existing in (folder, *folder.parents):
-        if existing.exists():
-            return shutil.disk_usage(existing).free
-    return None
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from effcli.checkpoint_files import (
     stored_dtype,
 )
 from effcli.errors import BadInputError, NoRoomError, SourceError, did_you_mean
+from effcli.formatting import data_size
 from effcli.quiet import quiet_transformers
 from effcli.sources import PIPELINE_NOTE, Source
 
@@ -444,7 +445,7 @@ def _placement(spec: str, needed: int, device: torch.device) -> tuple[Any, str |
     cpu_free = memory_available_bytes(torch.device("cpu"))
     if device.type == "cpu":
         if needed > cpu_free:
-            raise _no_room(spec, needed, f"{_gigabytes(cpu_free)} of memory are free")
+            raise _no_room(spec, needed, f"{data_size(cpu_free)} of memory are free")
         return None, None
     if device.type != "cuda":
         return {"": device}, None
@@ -453,21 +454,17 @@ def _placement(spec: str, needed: int, device: torch.device) -> tuple[Any, str |
         return {"": device}, None
     gpus_free = sum(memory_available_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
     if needed > gpus_free * GPU_SHARE_FOR_WEIGHTS + cpu_free:
-        raise _no_room(spec, needed, f"{_gigabytes(gpus_free)} are free on GPUs and {_gigabytes(cpu_free)} beside them")
+        raise _no_room(spec, needed, f"{data_size(gpus_free)} are free on GPUs and {data_size(cpu_free)} beside them")
     return "auto", (
-        f"weights of {_gigabytes(needed)} do not fit {device} ({_gigabytes(free)} free): accelerate spread them over "
+        f"weights of {data_size(needed)} do not fit {device} ({data_size(free)} free): accelerate spread them over "
         "the devices there are, so times include moving data between them"
     )
 
 
 def _no_room(spec: str, needed: int, free: str) -> NoRoomError:
     return NoRoomError(
-        f"the weights of '{spec}' need {_gigabytes(needed)} and {free}; use a smaller --dtype, or --config-only"
+        f"the weights of '{spec}' need {data_size(needed)} and {free}; use a smaller --dtype, or --config-only"
     )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _check_complete(spec: str, info: dict[str, Any]) -> list[str]:
