@@ -51,13 +51,21 @@ def roofline(report: Report) -> str | None:
     for tick in x.ticks():
         drawing.text("tick", x(tick), height - bottom + 18, fmt.short(tick), "middle")
     for tick in y.ticks():
-        drawing.text("tick", LEFT - 8, y(tick) + 4, fmt.large(tick, "").replace(".00", "").strip(), "end")
+        drawing.text("tick", LEFT - 8, y(tick) + 4, _round(fmt.large(tick, "")), "end")
     drawing.text("axis", (LEFT + WIDTH - RIGHT) / 2, height - 12, "arithmetic intensity, FLOP/byte", "middle")
-    drawing.text("axis", 0, 0, "FLOP/s", "middle", transform=f"translate(16 {(top + height - bottom) / 2:.0f}) rotate(-90)")
+    drawing.text(
+        "axis", 0, 0, "FLOP/s", "middle", transform=f"translate(16 {(top + height - bottom) / 2:.0f}) rotate(-90)"
+    )
     labels = Labels(LEFT + 4, WIDTH - RIGHT - 2, top, height - bottom)
     for mark in marks:
         labels.occupy(x(mark[0]), y(mark[1]), 7)
     _roofs(drawing, x, y, bandwidth, rates, str(intensity.get("dtype")), labels)
+    main_rate = rates.get(str(intensity.get("dtype")), max(rates.values()))
+    for flops_per_byte, rate, _ in marks:
+        roof = y(min(flops_per_byte * bandwidth, main_rate))
+        if y(rate) - roof > 8:
+            drawing.line("headroom", x(flops_per_byte), y(rate) - 7, x(flops_per_byte), roof)
+            labels.taken.append((x(flops_per_byte) - 1, roof, x(flops_per_byte) + 1, y(rate)))
     for flops_per_byte, rate, point in marks:
         _roofline_mark(drawing, x(flops_per_byte), y(rate), rate, point, labels)
     return drawing.render()
@@ -66,6 +74,12 @@ def roofline(report: Report) -> str | None:
 def _mark(point: Report) -> tuple[float, float, Report] | None:
     rate = ratio(point.get("flops"), point.get("time_seconds") or point.get("attainable_seconds"))
     return (point["flops_per_byte"], rate, point) if rate and point.get("flops_per_byte") else None
+
+
+def _round(text: str) -> str:
+    """Drop the zeros that a tick does not need: ``10.0 G`` is ``10 G``."""
+    number, _, unit = text.partition(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".strip()
 
 
 def _grid(drawing: Svg, x: LogScale, y: LogScale, floor: float, top: float) -> None:
@@ -82,20 +96,29 @@ def _roofs(
 ) -> None:
     highest = max(rates.values())
     start = max(x.low, y.low / bandwidth)
-    drawing.polyline(
-        "roof main",
-        [(x(start), y(start * bandwidth)), (x(highest / bandwidth), y(highest))],
-        f"memory roof {fmt.bandwidth(bandwidth)}",
-    )
+    slant = [(x(start), y(start * bandwidth)), (x(highest / bandwidth), y(highest))]
+    own = rates.get(main, highest)
+    floor = y(y.low)
+    below = [(slant[0][0], floor), slant[0], (x(own / bandwidth), y(own)), (x.end, y(own)), (x.end, floor)]
+    drawing.polyline("under", below)
+    drawing.polyline("roof main", slant, f"memory roof {fmt.bandwidth(bandwidth)}")
+    for step in range(41):  # labels keep off the slanted line
+        labels.occupy(
+            slant[0][0] + step / 40 * (slant[1][0] - slant[0][0]),
+            slant[0][1] + step / 40 * (slant[1][1] - slant[0][1]),
+            3,
+        )
+    drawing.text("label", x(own / bandwidth), floor - 8, f"ridge {fmt.short(own / bandwidth)} FLOP/byte", "middle")
+    drawing.line("limit", x(own / bandwidth), y(own), x(own / bandwidth), floor - 22)
+    labels.occupy(x(own / bandwidth), floor - 12, 62)
     for name, rate in sorted(rates.items(), key=lambda item: item[0] != main):
         kind = "roof main" if name == main else "roof"
         text = f"{printable(name)} {fmt.flop_rate(rate)}"
+        labels.taken.append((x(rate / bandwidth), y(rate) - 2, x.end, y(rate) + 2))
         drawing.polyline(kind, [(x(rate / bandwidth), y(rate)), (x.end, y(rate))], f"compute roof {text}")
         # Above the line; below where another roof's label is already there.
-        for dy in (-6.0, 15.0):
-            box = (x.end - 4 - len(text) * labels.character, y(rate) + dy - 10, x.end - 4, y(rate) + dy + 3)
-            if not any(box[1] < taken[3] and taken[1] < box[3] and taken[2] > box[0] for taken in labels.taken):
-                labels.taken.append(box)
+        for dy in (-7.0, 16.0):
+            if labels.fits(x.end - 4, y(rate) + dy, text, "end"):
                 drawing.text("label strong" if name == main else "label", x.end - 4, y(rate) + dy, text, "end")
                 break
     text = f"memory {fmt.bandwidth(bandwidth)}"
@@ -136,7 +159,8 @@ def heat_map(heat: HeatMap, number: int = 0) -> str | None:
     drawing = Svg(
         f"sinks-{number}",
         heat.title,
-        f"Heat map of {layers} layers by {heads} heads, values 0 to 1; {_above(heat)} heads above {fmt.short(heat.threshold)}.",
+        f"Heat map of {layers} layers by {heads} heads, values 0 to 1; {_above(heat)} heads above "
+        f"{fmt.short(heat.threshold)}.",
         WIDTH,
         floor + 84,
     )
@@ -144,8 +168,8 @@ def heat_map(heat: HeatMap, number: int = 0) -> str | None:
     for layer, row in enumerate(heat.values):
         x = left + layer * wide
         if row is None:
-            tip = f"layer {layer}: no softmax attention"
-            drawing.add("rect", "cell none", tip, x=x, y=top, width=max(0.5, wide - 1), height=heads * tall)
+            reason = f"layer {layer}: no softmax attention"
+            drawing.add("rect", "cell none", reason, x=x, y=top, width=max(0.5, wide - 1), height=heads * tall)
             continue
         for head, value in enumerate(row):
             above = " above" if value > heat.threshold else ""
@@ -215,8 +239,8 @@ def kv_curve(report: Report) -> str | None:
     drawing = Svg(
         "kv-curve",
         "KV cache bytes of one sequence against context",
-        f"Log–log lines for {', '.join(f'{bits} bits' for bits in widths)}; weights {fmt.data_size(weights)}, device memory "
-        f"{fmt.data_size(memory)}; the cache is as large as the weights at {fmt.integer(crossover)} tokens.",
+        f"Log–log lines for {', '.join(f'{bits} bits' for bits in widths)}; weights {fmt.data_size(weights)}, "
+        f"device memory {fmt.data_size(memory)}; the cache is as large as the weights at {fmt.integer(crossover)} tokens.",
         WIDTH,
         height,
     )
@@ -224,7 +248,7 @@ def kv_curve(report: Report) -> str | None:
     for tick in x.ticks():
         drawing.text("tick", x(tick), height - bottom + 18, fmt.integer(tick), "middle")
     for tick in y.ticks():
-        drawing.text("tick", LEFT - 8, y(tick) + 4, fmt.data_size(tick).replace(".00", "").replace(".0 ", " "), "end")
+        drawing.text("tick", LEFT - 8, y(tick) + 4, _round(fmt.data_size(tick)), "end")
     drawing.text("axis", (LEFT + WIDTH - right) / 2, height - 12, "context, tokens", "middle")
     for value, kind, name in ((weights, "weights", "weights"), (memory, "memory", "device memory")):
         if value:
@@ -275,7 +299,8 @@ def breakdown(report: Report) -> str | None:
         "breakdown",
         "Time by class of op: measured against attainable",
         "; ".join(
-            f"{point.get('phase')}: " + ", ".join(f"{name} {fmt.seconds(measured or best)}" for name, measured, best in classes)
+            f"{point.get('phase')}: "
+            + ", ".join(f"{name} {fmt.seconds(measured or best)}" for name, measured, best in classes)
             for point, classes in panels
         ),
         WIDTH,
@@ -317,20 +342,28 @@ def _panel(
     longest = max(value or 0.0 for _, measured, best in classes for value in (measured, best))
     scale = (WIDTH - left - 150) / longest
     drawing.text("label strong", 8, y + 20, f"{str(point.get('phase')).capitalize()}, {where(point)}")
+    keys = [("measured", "measured")] if any(measured is not None for _, measured, _ in classes) else []
+    for number, (kind, text) in enumerate([*keys, ("attainable", "roofline")]):
+        drawing.add("rect", f"bar {kind}", x=WIDTH - 220 + 100 * number, y=y + 10, width=12, height=12, rx=2)
+        drawing.text("label", WIDTH - 202 + 100 * number, y + 20, text)
     first, y = y + head, y + head
     for tick in linear_ticks(longest):
         drawing.line("grid", left + tick * scale, first, left + tick * scale, first + row * len(classes))
-        drawing.text("tick", left + tick * scale, first + row * len(classes) + 16, fmt.seconds(tick), "middle")
+        drawing.text("tick", left + tick * scale, first + row * len(classes) + 16, _round(fmt.seconds(tick)), "middle")
     for name, measured, best in classes:
         shown = name if len(name) <= 22 else name[:21] + "…"
         drawing.text("tick name", left - 10, y + row / 2 + 4, shown, "end")
         for offset, value, kind in ((5.0, measured, "measured"), (17.0, best, "attainable")):
             if value is not None:
                 tip = f"{name}: {fmt.seconds(value)} {kind}"
-                drawing.add("rect", f"bar {kind}", tip, x=left, y=y + offset, width=max(1.0, value * scale), height=11, rx=2)
+                drawing.add(
+                    "rect", f"bar {kind}", tip, x=left, y=y + offset, width=max(1.0, value * scale), height=11, rx=2
+                )
         end = left + max(measured or 0.0, best or 0.0) * scale + 8
         share = ratio(best, measured)
         text = fmt.seconds(measured if measured is not None else best)
-        drawing.text("label", end, y + row / 2 + 4, f"{text}, {fmt.percent(share)} attained" if share is not None else text)
+        drawing.text(
+            "label", end, y + row / 2 + 4, f"{text}, {fmt.percent(share)} of roof" if share is not None else text
+        )
         y += row
     return y + 40

@@ -14,8 +14,8 @@ from effcli.reports.sections import sections
 from effcli.reports.verdict import verdict
 
 CAPTIONS = {
-    "roofline": "Filled marks were measured; hollow ones are the least time that the peaks allow. The slanted line is main "
-    "memory: work that fits a cache can lie above it.",
+    "roofline": "Filled marks were measured; hollow ones are the least time that the peaks allow. The slanted line is "
+    "main memory: work that fits a cache can lie above it.",
     "breakdown": "Time of each class of op: as measured, and as the roofline allows.",
     "kv": "Cache of one sequence. Dots are predictions held against the real cache (hollow: predicted only).",
 }
@@ -73,7 +73,9 @@ def _subtitle(report: Report) -> str:
     parts = [
         model.get("architecture"),
         f"{fmt.parameters(model['parameters'])} parameters" if model.get("parameters") is not None else None,
-        f"{fmt.data_size(model['weight_bytes'])} in {model.get('dtype')}" if model.get("weight_bytes") is not None else None,
+        f"{fmt.data_size(model['weight_bytes'])} in {model.get('dtype')}"
+        if model.get("weight_bytes") is not None
+        else None,
         environment.get("device_name"),
         "counted from the config, not run" if report.get("config_only") else None,
     ]
@@ -111,7 +113,13 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         if point is not None and point.get(key) is not None:
             found.append((label, fmt.percent(point[key]), f"{key.upper()} of {phase}, {where(point)}"))
         elif point is not None:
-            found.append((f"{phase.capitalize()} intensity", fmt.short(point.get("flops_per_byte")), f"FLOP/byte, {where(point)}"))
+            found.append(
+                (
+                    f"{phase.capitalize()} intensity",
+                    fmt.short(point.get("flops_per_byte")),
+                    f"FLOP/byte, {where(point)}",
+                )
+            )
     kv = profile(report, "kv")
     if kv is not None and kv.get("bytes_per_token") is not None:
         found.append(("KV cache", fmt.data_size(kv["bytes_per_token"]), f"a token, {kv.get('dtype')}"))

@@ -132,7 +132,9 @@ def read_report(path: Path | str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInputError(f"no report at '{path}'; make one with: effcli profile MODEL --format json -o {path}") from None
+        raise BadInputError(
+            f"no report at '{path}'; make one with: effcli profile MODEL --format json -o {path}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"cannot read report '{path}': {error}") from None
     except json.JSONDecodeError as error:

@@ -38,5 +38,6 @@ def downsample(values: Sequence[Sequence[float] | None], most_layers: int, most_
         grid.append(cells)
     note = ""
     if len(values) > most_layers or heads > most_heads:
-        note = f"Shrunk to fit: {len(values)} layers × {heads} heads shown as {len(grid)} × {len(head_edges) - 1}, averaged."
+        shown = f"{len(grid)} × {len(head_edges) - 1}"
+        note = f"Shrunk to fit: {len(values)} layers × {heads} heads shown as {shown}, averaged."
     return grid, note

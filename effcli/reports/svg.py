@@ -23,7 +23,9 @@ class Svg:
     height: float
     parts: list[str] = field(default_factory=list)
 
-    def add(self, tag: str, kind: str, tip: str | None = None, text: str | None = None, **attributes: float | str) -> None:
+    def add(
+        self, tag: str, kind: str, tip: str | None = None, text: str | None = None, **attributes: float | str
+    ) -> None:
         """Add an element of class ``kind``; ``tip`` shows on hover, underscores in attribute names become hyphens."""
         written = "".join(
             f" {key.rstrip('_').replace('_', '-')}={quoteattr(value if isinstance(value, str) else _number(value))}"
@@ -38,7 +40,7 @@ class Svg:
 
     def text(self, kind: str, x: float, y: float, text: str, anchor: str = "start", **attributes: float | str) -> None:
         """Add text."""
-        self.add("text", kind, text=text, x=x, y=y, text_anchor=anchor, **attributes)
+        self.add("text", kind, None, text, x=x, y=y, text_anchor=anchor, **attributes)
 
     def polyline(self, kind: str, points: Sequence[tuple[float, float]], tip: str | None = None) -> None:
         """Add a line through points."""
@@ -118,7 +120,6 @@ class Labels:
 
     def place(self, x: float, y: float, text: str, gap: float = 10.0) -> tuple[float, float, str] | None:
         """Return x, y and anchor for a label of the mark at (x, y), or None."""
-        width = len(text) * self.character
         for distance in (gap, 2 * gap, 3.2 * gap):
             for dx, dy, anchor in (
                 (distance, 4, "start"),
@@ -130,13 +131,20 @@ class Labels:
                 (distance, -distance, "start"),
                 (-distance, distance + 4, "end"),
             ):
-                start = {"start": x + dx, "end": x + dx - width, "middle": x + dx - width / 2}[anchor]
-                box = (start, y + dy - self.line + 3, start + width, y + dy + 3)
-                inside = box[0] >= self.left and box[2] <= self.right and box[1] >= self.top and box[3] <= self.bottom
-                if inside and not any(_overlap(box, other) for other in self.taken):
-                    self.taken.append(box)
+                if self.fits(x + dx, y + dy, text, anchor):
                     return x + dx, y + dy, anchor
         return None
+
+    def fits(self, x: float, y: float, text: str, anchor: str) -> bool:
+        """Take the place of a label at (x, y) if it is inside the plot and free."""
+        width = len(text) * self.character
+        start = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
+        box = (start, y - self.line + 3, start + width, y + 3)
+        inside = box[0] >= self.left and box[2] <= self.right and box[1] >= self.top and box[3] <= self.bottom
+        if not inside or any(_overlap(box, other) for other in self.taken):
+            return False
+        self.taken.append(box)
+        return True
 
 
 def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:

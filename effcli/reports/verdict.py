@@ -27,8 +27,8 @@ def _memory(report: Report) -> list[str]:
     if kv["weight_bytes"] <= kv["memory_bytes"]:
         return []
     return [
-        f"The model does not fit: {fmt.data_size(kv['weight_bytes'])} of weights against {fmt.data_size(kv['memory_bytes'])} "
-        "of memory on this device."
+        f"The model does not fit: {fmt.data_size(kv['weight_bytes'])} of weights against "
+        f"{fmt.data_size(kv['memory_bytes'])} of memory on this device."
     ]
 
 
@@ -79,15 +79,16 @@ def _phase(phase: str, point: Report, intensity: Report, report: Report) -> str:
 
 
 def _not_run(name: str, point: Report) -> str:
-    work = f"{fmt.flops(point.get('flops'))} and {fmt.data_size(point.get('bytes'))} moved at {where(point)}"
+    work = f"{fmt.data_size(point.get('bytes'))} and {fmt.flops(point.get('flops'))}"
     attainable, bound = point.get("attainable_seconds"), point.get("bound")
-    reason = f" ({printable(point['time_reason'])})" if point.get("time_reason") else ""
-    if attainable is None or bound is None:
-        return f"{name} was counted, not timed{reason}: {work}."
+    reason = f": {printable(point['time_reason'])}" if point.get("time_reason") else ""
+    if attainable is None:
+        return f"{name} moves {work} at {where(point)} (counted, not timed{reason})."
+    would = f"would be {bound}-bound: it" if bound else ""
     return (
-        f"{name} was counted, not timed{reason}: {work}; by this device's measured peaks it takes at least "
-        f"{fmt.seconds(attainable)} and would be {bound}-bound."
-    )
+        f"{name} {would} takes at least {fmt.seconds(attainable)} by this device's measured peaks for {work} at "
+        f"{where(point)} (counted, not timed{reason})."
+    ).replace("  ", " ")
 
 
 def _speed(phase: str, point: Report, report: Report) -> str:
@@ -132,14 +133,18 @@ def _advice(report: Report) -> list[str]:
     weights = ratio(point.get("weight_bytes"), point.get("bytes"))
     cached = ratio(point.get("kv_bytes"), point.get("bytes"))
     if point.get("bound") == "overhead" and point.get("time_seconds") is not None:
-        sentences.append("Fewer, larger ops (compilation, CUDA graphs, fused kernels) or a larger batch help before fewer bits do.")
+        sentences.append(
+            "Fewer, larger ops (compilation, CUDA graphs, fused kernels) or a larger batch help before fewer bits do."
+        )
     elif point.get("bound") == "memory" and weights is not None and weights >= NOTABLE_WEIGHTS:
         sentences.append(
-            f"Weights are {fmt.percent(weights)} of the bytes that decode moves: weights in fewer bits, or a larger batch "
-            "to share each read, cut the most."
+            f"Weights are {fmt.percent(weights)} of the bytes that decode moves: weights in fewer bits, or a larger "
+            "batch to share each read, cut the most."
         )
     elif point.get("bound") == "memory" and cached is not None and weights is not None and cached > weights:
-        sentences.append(f"The KV cache is {fmt.percent(cached)} of the bytes that decode moves: a smaller cache cuts the most.")
+        sentences.append(
+            f"The KV cache is {fmt.percent(cached)} of the bytes that decode moves: a smaller cache cuts the most."
+        )
     single = next((found for found in points if found.get("phase") == "decode" and found.get("batch") == 1), None)
     if single is not None and single.get("flops_per_byte") is not None:
         sentences.append(f"Decode does {fmt.short(single['flops_per_byte'])} FLOP/byte ({PAPER_CLAIM}).")
@@ -158,7 +163,8 @@ def _kv(report: Report) -> list[str]:
     for bits, longest in (kv.get("max_context") or {}).items():
         if longest is not None and limit is not None and 0 < longest < limit:
             sentences.append(
-                f"With the cache in {bits} bits, {longest:,} of the model's {limit:,} tokens of context fit this device."
+                f"With the cache in {bits} bits, {longest:,} of the model's {limit:,} tokens of context fit this "
+                "device."
             )
     off = [point for point in items(kv, "points") if point.get("difference_bytes")]
     if off:
@@ -175,14 +181,18 @@ def _sinks(report: Report) -> list[str]:
         return []
     plain = next((point for point in points if not point.get("bos")), points[0])
     beside = next(
-        (point for point in points if point.get("bos") and not plain.get("bos") and point["context"] == plain["context"]),
+        (
+            point
+            for point in points
+            if point.get("bos") and not plain.get("bos") and point["context"] == plain["context"]
+        ),
         None,
     )
     own = " with BOS" if plain.get("bos") else ""
     more = f" ({fmt.percent(beside['sink_rate'])} with BOS)" if beside else ""
     return [
-        f"Sinks: {fmt.percent(plain['sink_rate'])} of heads put more than {fmt.short(sinks.get('epsilon'))} of their attention "
-        f"on the first token{own}{more}."
+        f"Sinks: {fmt.percent(plain['sink_rate'])} of heads put more than {fmt.short(sinks.get('epsilon'))} of their "
+        f"attention on the first token{own}{more}."
     ]
 
 

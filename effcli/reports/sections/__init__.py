@@ -19,7 +19,7 @@ BUILDERS: dict[str, Callable[[Report, Report], Section]] = {
 
 
 def sections(report: Report) -> tuple[Section, ...]:
-    """Return the sections of a saved report in reading order; instruments we do not know come last, as key and value."""
+    """Return the sections of a saved report in reading order; instruments that we do not know come last."""
     found = [setup.model(report), setup.environment(report)]
     for name, build in BUILDERS.items():
         result = profile(report, name)

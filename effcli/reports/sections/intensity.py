@@ -83,7 +83,9 @@ def section(result: Report, report: Report) -> Section:
     lead = []
     decode = next((point for point in points if point.get("phase") == "decode" and point.get("batch") == 1), None)
     if decode is not None:
-        lead.append(f"Decode at {where(decode)} does {fmt.short(decode.get('flops_per_byte'))} FLOP/byte ({PAPER_CLAIM}).")
+        lead.append(
+            f"Decode at {where(decode)} does {fmt.short(decode.get('flops_per_byte'))} FLOP/byte ({PAPER_CLAIM})."
+        )
     if ridge is not None:
         lead.append(
             f"On this device compute takes over from memory at {fmt.short(ridge)} FLOP/byte: "
@@ -132,7 +134,9 @@ def _work(points: list[Report]) -> Table:
         notes.append(f"History that the cache class copies on top of these bytes: {'; '.join(copied)}.")
     for point in points:
         if point.get("uncounted_ops"):
-            notes.append("Arithmetic without a FLOP formula, not counted: " + printable(", ".join(point["uncounted_ops"])))
+            notes.append(
+                "Arithmetic without a FLOP formula, not counted: " + printable(", ".join(point["uncounted_ops"]))
+            )
         notes += [printable(note) for note in point.get("notes") or []]
     heads = columns("<phase", "batch", "context", "FLOP", "bytes", "weights", "activ.", "KV", "FLOP/B")
     return Table("Work and bytes moved, one forward pass", heads, rows, unique(notes))

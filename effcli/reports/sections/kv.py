@@ -65,7 +65,10 @@ def _facts(result: Report) -> Facts:
     growing = result.get("bytes_per_token_growing")
     slope = result.get("bytes_per_token")
     pairs = [
-        ("attention", f"{printable(result.get('attention') or fmt.MISSING)}, cached in {printable(result.get('dtype'))}"),
+        (
+            "attention",
+            f"{printable(result.get('attention') or fmt.MISSING)}, cached in {printable(result.get('dtype'))}",
+        ),
         ("bytes a token", f"{_exact(slope)} a sequence"),
         ("fixed bytes", _exact(result.get("fixed_bytes"))),
     ]
@@ -77,10 +80,12 @@ def _facts(result: Report) -> Facts:
         pairs.append(("cross-attention", f"{_exact(cross)} an encoder token"))
     pairs.append(("as large as the weights at", f"{crossover:,} tokens" if crossover is not None else fmt.MISSING))
     if result.get("memory_bytes") is not None:
-        shared = f"{fmt.data_size(result['memory_bytes'])} for {fmt.data_size(result.get('weight_bytes'))} of weights and the cache"
-        pairs.append(("memory", shared))
+        memory, weights = fmt.data_size(result["memory_bytes"]), fmt.data_size(result.get("weight_bytes"))
+        pairs.append(("memory", f"{memory} for {weights} of weights and the cache"))
     if result.get("workspace_bytes") is not None:
-        pairs.append(("one decode step writes", f"at most {fmt.data_size(result['workspace_bytes'])}, kept free of the cache"))
+        pairs.append(
+            ("one decode step writes", f"at most {fmt.data_size(result['workspace_bytes'])}, kept free of the cache")
+        )
     reasons = [
         ("Memory", result.get("memory_bytes"), result.get("memory_reason")),
         ("Latent size", latent, result.get("latent_reason")),

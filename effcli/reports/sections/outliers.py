@@ -15,8 +15,8 @@ WORST_ROWS = 10
 def section(result: Report, report: Report) -> Section:
     """Build the section."""
     lead = (
-        f"Uniform quantization to {fmt.integer(result.get('bits'))} bits over {fmt.integer(result.get('tokens'))} tokens of: "
-        f"{printable(result.get('text'))}. More entropy in a channel's codes means that the scheme wastes fewer of them.",
+        f"Uniform quantization to {fmt.integer(result.get('bits'))} bits over {fmt.integer(result.get('tokens'))} tokens "
+        f"of: {printable(result.get('text'))}. More entropy in a channel's codes: the scheme wastes fewer of them.",
     )
     rows = items(result, "rows")
     return Section("outliers", "Outliers", lead, (_kinds(rows), _worst(rows)))
@@ -44,7 +44,9 @@ def _kinds(rows: list[Report]) -> Table:
             )
         )
     heads = columns("<kind", "tensors", "max/median", "kurtosis", "bits/chan.", "bits/token", "<suits")
-    notes = ("Medians over the tensors of a kind. bits/chan. and bits/token: code entropy with a scale a channel or a token.",)
+    notes = (
+        "Medians over the tensors of a kind. bits/chan., bits/token: code entropy with a scale a channel or a token.",
+    )
     return Table("By kind of tensor", heads, tuple(table), notes)
 
 

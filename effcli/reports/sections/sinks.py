@@ -89,7 +89,9 @@ def _rates(result: Report) -> Table:
     for layer, reason in (result.get("not_applicable") or {}).items():
         by_reason.setdefault(printable(reason), []).append(layer)
     notes += [f"Not applicable, layer {', '.join(layers)}: {reason}" for reason, layers in by_reason.items()]
-    notes += [f"No positions: {printable(point['positions_reason'])}" for point in points if point.get("positions_reason")]
+    notes += [
+        f"No positions: {printable(point['positions_reason'])}" for point in points if point.get("positions_reason")
+    ]
     heads_row = columns(
         "context",
         "<BOS",

@@ -124,7 +124,10 @@ def alpha(strength: float) -> tuple[tuple[float, ...], ...]:
     """A pattern like a trained model's: little in the first layers, then most heads, some never."""
     return tuple(
         tuple(
-            min(1.0, strength * (0.05 if layer < 2 else 0.9 + 0.1 * math.sin(3 * head)) * (0.2 if head % 4 == 1 else 1.0))
+            min(
+                1.0,
+                strength * (0.05 if layer < 2 else 0.9 + 0.1 * math.sin(3 * head)) * (0.2 if head % 4 == 1 else 1.0),
+            )
             for head in range(HEADS)
         )
         for layer in range(LAYERS)
@@ -175,7 +178,9 @@ def kv() -> KVResult:
         latent_bytes_per_token=None,
         latent_reason=None,
         cross_attention_bytes_per_token=None,
-        layers=tuple(KVLayer(layer, "full", "DynamicLayer", 768.0, 0, None, 768.0, 0, KV_HEADS) for layer in range(LAYERS)),
+        layers=tuple(
+            KVLayer(layer, "full", "DynamicLayer", 768.0, 0, None, 768.0, 0, KV_HEADS) for layer in range(LAYERS)
+        ),
         points=tuple(
             KVPoint(
                 batch=1,
@@ -325,7 +330,12 @@ def config_only() -> ProfileReport:
 def bare() -> ProfileReport:
     """The least a report holds: no peaks, unknown shapes, and the figures that may be missing all missing."""
     point = replace(
-        intensity_point("decode", 512, timed=False), attainable_seconds=None, bound=None, op_classes=(), ops=(), modules=()
+        intensity_point("decode", 512, timed=False),
+        attainable_seconds=None,
+        bound=None,
+        op_classes=(),
+        ops=(),
+        modules=(),
     )
     counted = replace(
         intensity(timed=False),
@@ -411,7 +421,12 @@ def hostile() -> ProfileReport:
         profiles={
             **full().profiles,
             "sinks": replace(sinks(), text=HOSTILE),
-            "third_party": {HOSTILE: HOSTILE, "score": 0.25, "rows": [{"name": HOSTILE, "seconds": 3}], "nested": {"a": [1]}},
+            "third_party": {
+                HOSTILE: HOSTILE,
+                "score": 0.25,
+                "rows": [{"name": HOSTILE, "seconds": 3}],
+                "nested": {"a": [1]},
+            },
         },
         skipped={"other": HOSTILE},
         warnings=(HOSTILE,),
