@@ -878,4 +878,6 @@ PROFILER = Profiler(
     run=run,
     result_type=KVResult,
     needs_weights=False,
+    paper="Shazeer 2019 (multi-query, arXiv:1911.02150); Ainslie et al. 2023 (grouped-query, arXiv:2305.13245); "
+    "DeepSeek-AI 2024 (latent, arXiv:2405.04434)",
 )
