@@ -1,7 +1,7 @@
 """Read GGUF files: what they hold, and the model and tokenizer that transformers makes of them.
 
-transformers dequantizes every weight. What it gets wrong about the tokenizer (the end-of-text token, the splitting of
-digits) is put right here from the file's own metadata.
+transformers dequantizes every weight. What it gets wrong about the tokenizer (special tokens, the splitting of digits,
+spaces and ``▁`` in decoded text) is put right here from the file's own metadata.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class GgufFacts:
         Number of weights by GGML type name, ``{"Q4_1": 106168320, "F32": 35136}``.
     special_tokens : dict of str to str
         transformers' name of a special token to its text.
+    tokenizer_model : str or None
+        ``"gpt2"`` (BPE over bytes), ``"llama"`` (SentencePiece), ...
     pre_tokenizer : str or None
         llama.cpp's name of the rule that splits text before BPE.
     """
@@ -40,6 +42,7 @@ class GgufFacts:
     architecture: str
     elements: dict[str, int]
     special_tokens: dict[str, str]
+    tokenizer_model: str | None
     pre_tokenizer: str | None
 
     @property
@@ -82,12 +85,13 @@ def read_facts(path: Path) -> GgufFacts:
             index = _value(reader, f"tokenizer.ggml.{name}_token_id")
             if index is not None:
                 special_tokens[token] = str(reader.fields["tokenizer.ggml.tokens"].contents(int(index)))
+        tokenizer_model = _value(reader, "tokenizer.ggml.model")
         pre_tokenizer = _value(reader, "tokenizer.ggml.pre")
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise SourceError(f"'{path}' is truncated or damaged ({error}); fetch it again") from None
     if end > path.stat().st_size or not elements:
         raise SourceError(f"'{path}' is truncated: its tensors end at byte {end:,}; fetch it again")
-    return GgufFacts(architecture, dict(elements), special_tokens, pre_tokenizer)
+    return GgufFacts(architecture, dict(elements), special_tokens, tokenizer_model, pre_tokenizer)
 
 
 def _value(reader: Any, key: str) -> Any:
@@ -138,13 +142,15 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 def load_tokenizer(path: Path, facts: GgufFacts) -> PreTrainedTokenizerBase:
     """Make the tokenizer of a GGUF file, with the special tokens and the splitting rule that its metadata names."""
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path), local_files_only=True)
     for name, token in facts.special_tokens.items():
         setattr(tokenizer, name, token)
     tokenizer.clean_up_tokenization_spaces = False  # GGUF does not know this flag, and on BPE it damages text
+    if facts.tokenizer_model == "gpt2":  # its bytes need no other decoder; transformers adds SentencePiece's
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     if facts.pre_tokenizer == "smollm":  # each digit alone before GPT-2's rule, as in llama.cpp
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
