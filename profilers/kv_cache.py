@@ -757,12 +757,16 @@ def _predicted(predict: _Predictor, law: _Law, batch: int, context: int) -> tupl
 def _check_fits(
     model: PreTrainedModel, batch: int, context: int, need: int, available: int, device: torch.device
 ) -> None:
-    if need > available:
-        raise DoesNotFitError(
-            f"batch {batch} x context {context} needs {need} bytes for its cache and {device} has {available} left "
-            f"beside {type(model).__name__}; give at most --batch {max(1, batch * available // need)} at this context, "
-            "or a shorter --context"
-        )
+    if need <= available:
+        return
+    most = batch * available // need
+    remedy = (
+        f"give at most --batch {most} at this context, or a shorter --context" if most else "give a shorter --context"
+    )
+    raise DoesNotFitError(
+        f"batch {batch} x context {context} needs {need} bytes for its cache and {device} has {available} left beside "
+        f"{type(model).__name__}; {remedy}"
+    )
 
 
 def _not_measured(

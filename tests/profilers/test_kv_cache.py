@@ -386,6 +386,9 @@ def test_point_that_cannot_fit_is_refused_before_it_runs(monkeypatch):
         measure_kv(model, batches=(8,), contexts=(1024,))
     with pytest.raises(DoesNotFitError, match="batch 1000 x context 512"):
         measure_kv(model, batches=(1000,))
+    monkeypatch.setattr("profilers.kv_cache.memory_available_bytes", lambda device: per_sequence - 1)
+    with pytest.raises(DoesNotFitError, match="LlamaForCausalLM; give a shorter --context$"):
+        measure_kv(model, contexts=(1024,))
 
 
 def test_what_fits_against_brute_force(monkeypatch):
