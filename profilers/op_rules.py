@@ -29,8 +29,8 @@ _CLASSES = {
     "scatter_add_ masked_scatter constant_pad_nd roll flip repeat repeat_interleave tril triu tril_ triu_ fill fill_ "
     "zero_ zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full empty empty_like new_empty "
     "empty_strided new_empty_strided empty_permuted arange linspace eye rand randn randint randperm scalar_tensor "
-    "lift_fresh_copy nonzero _local_scalar_dense slice_scatter select_scatter as_strided_scatter masked_select unfold_copy one_hot "
-    "equal is_nonzero split_with_sizes_copy _assert_async _assert_tensor_metadata resize_ set_ isin",
+    "lift_fresh_copy nonzero _local_scalar_dense slice_scatter select_scatter as_strided_scatter masked_select "
+    "unfold_copy one_hot equal is_nonzero split_with_sizes_copy _assert_async _assert_tensor_metadata isin",
     "elementwise": "floor_divide pow clamp softplus where masked_fill masked_fill_ threshold glu lerp addcmul addcdiv",
 }
 _CLASS_OF: dict[str, str] = {name: label for label, names in _CLASSES.items() for name in names.split()}

@@ -97,10 +97,12 @@ class Trace:
         Class name of each module in ``modules``.
     ops : dict of OpGroup to Cost
         They add up to ``total``.
-    seconds : dict of OpGroup to float
-        Time spent in the calls of each group; empty unless timed.
+    timeline : tuple of (OpGroup, float)
+        Every call in order with its time in seconds; empty unless timed.
     experts : tuple of (int, float)
         For each grouped matrix product: experts there are, and experts used (expected, on meta).
+    recurrent : bool
+        Whether a recurrent state (SSM, linear attention) was updated.
     uncounted : tuple of str
         Ops that may do arithmetic for which there is no formula.
     notes : tuple of str
@@ -110,8 +112,9 @@ class Trace:
     modules: dict[str, Cost]
     kinds: dict[str, str]
     ops: dict[OpGroup, Cost]
-    seconds: dict[OpGroup, float]
+    timeline: tuple[tuple[OpGroup, float], ...]
     experts: tuple[tuple[int, float], ...]
+    recurrent: bool
     uncounted: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -161,6 +164,7 @@ class OpTracer:
         self._pending: list[tuple[OpGroup, Callable[[], float]]] = []
         self._experts: list[tuple[int, float]] = []
         self._pairs: dict[tuple[Any, ...], tuple[StorageWeakRef, int]] = {}
+        self._recurrent = False
         self._uncounted: dict[str, None] = {}
         self._notes: dict[str, None] = {}
         self._stack = contextlib.ExitStack()
@@ -186,17 +190,15 @@ class OpTracer:
         """Return what was counted. Call it after the block."""
         if self._clock is not None:
             self._clock.finish()
-        seconds: dict[OpGroup, float] = {}
-        for group, elapsed in self._pending:
-            seconds[group] = seconds.get(group, 0.0) + elapsed()
         total = self._frames[0].cost
         return Trace(
             total=total,
             modules={ROOT: total} | self._modules,
             kinds=self._kinds,
             ops=self._ops,
-            seconds=seconds,
+            timeline=tuple((group, elapsed()) for group, elapsed in self._pending),
             experts=tuple(self._experts),
+            recurrent=self._recurrent,
             uncounted=tuple(self._uncounted),
             notes=tuple(self._notes),
         )
@@ -229,6 +231,7 @@ class OpTracer:
         """Run a cache's update: reading and writing the new entries counts, what else it moves is kept apart."""
         if self._update is not None:  # a cache that hands on to another
             return method(cache, *args, **kwargs)
+        self._recurrent |= method.__name__ == "update_recurrent_state"
         inside = Cost()
         self._update, self._update_seconds = inside, []
         try:
