@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -58,6 +59,8 @@ GEMM_SHAPES = (
     (8192, 8192, 8192),
 )
 OVERHEAD_SECONDS = 0.02
+BUSY_SHARE = 0.1
+"""Share of all CPU time taken by other processes, above which a CPU's peaks carry a note."""
 TILE_ELEMENTS = 1 << 16
 
 
@@ -92,6 +95,8 @@ class Peaks:
         Time of one tiny op, launched back to back: what an op costs when it does nothing.
     seconds_spent : float
         How long measuring took.
+    notes : tuple of str
+        What makes the figures doubtful: a CPU that other programs used meanwhile.
     """
 
     device: str
@@ -102,6 +107,7 @@ class Peaks:
     flops_per_second: dict[str, float]
     op_overhead_seconds: float
     seconds_spent: float
+    notes: tuple[str, ...] = ()
 
     def bandwidth(self, working_set_bytes: int) -> float:
         """Return the bandwidth ceiling in bytes/s for ops that touch this many bytes.
@@ -143,6 +149,7 @@ def measure_peaks(
     Peaks
     """
     start = clock()
+    cpu_use = _OthersCpuUse()
     stopwatch = _Stopwatch(device, clock)
     supported = [dtype for dtype in dict.fromkeys(dtypes) if _has_matrix_product(device, dtype)]
     sizes = _working_sets(device)
@@ -172,6 +179,34 @@ def measure_peaks(
         flops_per_second=flops,
         op_overhead_seconds=_op_overhead(stopwatch),
         seconds_spent=clock() - start,
+        notes=_busy_note(cpu_use.share()) if device.type == "cpu" else (),
+    )
+
+
+class _OthersCpuUse:
+    """Share of all CPU time, since this was made, that other processes took: 0 to 1."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # its next call covers the time since this one
+        self._process = psutil.Process()
+        self._start, self._own = time.perf_counter(), self._own_seconds()
+
+    def share(self) -> float:
+        busy = psutil.cpu_percent() / 100
+        capacity = (time.perf_counter() - self._start) * (psutil.cpu_count() or 1)
+        return max(0.0, busy - (self._own_seconds() - self._own) / capacity)
+
+    def _own_seconds(self) -> float:
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
+
+def _busy_note(share: float) -> tuple[str, ...]:
+    if share <= BUSY_SHARE:
+        return ()
+    return (
+        f"other programs used {share:.0%} of the CPUs while the peaks were measured, which makes them too low; "
+        "measure again on a quiet machine",
     )
 
 

@@ -42,7 +42,8 @@ class TokenStream:
         total = self.ids.numel()
         if total < length:
             raise ProfilerError(
-                f"the text has {total} tokens but {length} are needed in one piece; give a longer --text or a shorter --context"
+                f"the text has {total} tokens but {length} are needed in one piece; give a longer --text or a shorter "
+                "--context"
             )
         starts = torch.linspace(0, total - length, count).long()
         return torch.stack([self.ids[start : start + length] for start in starts.tolist()])

@@ -128,3 +128,25 @@ def test_progress_gets_one_step_for_each_size_and_dtype(small):
     recorder = Recorder()
     measure_peaks(CPU, [torch.float32], recorder, clock=Ticks())
     assert recorder.steps == recorder.total == 5
+
+
+def test_busy_machine_is_noted():
+    assert peaks._busy_note(0.05) == ()
+    assert "35%" in peaks._busy_note(0.35)[0]
+
+
+def test_cpu_time_of_others_leaves_out_ones_own(monkeypatch):
+    class Process:
+        seconds = 0.0
+
+        def cpu_times(self):
+            return type("Times", (), {"user": self.seconds, "system": 0.0})
+
+    process, now = Process(), [0.0]
+    monkeypatch.setattr(peaks.psutil, "Process", lambda: process)
+    monkeypatch.setattr(peaks.psutil, "cpu_percent", lambda: 75.0)
+    monkeypatch.setattr(peaks.psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(peaks.time, "perf_counter", lambda: now[0])
+    use = peaks._OthersCpuUse()
+    now[0], process.seconds = 10.0, 20.0  # half of the 40 CPU seconds that there were
+    assert use.share() == pytest.approx(0.25)
