@@ -102,7 +102,7 @@ class Trace:
     experts : tuple of (int, float)
         For each grouped matrix product: experts there are, and experts used (expected, on meta).
     recurrent : bool
-        Whether a recurrent state (SSM, linear attention) was updated.
+        Whether there is a recurrent state (SSM, linear attention).
     uncounted : tuple of str
         Ops that may do arithmetic for which there is no formula.
     notes : tuple of str
@@ -164,7 +164,11 @@ class OpTracer:
         self._pending: list[tuple[OpGroup, Callable[[], float]]] = []
         self._experts: list[tuple[int, float]] = []
         self._pairs: dict[tuple[Any, ...], tuple[StorageWeakRef, int]] = {}
-        self._recurrent = False
+        self._recurrent = any(
+            state is not None
+            for layer in getattr(cache, "layers", ())
+            for state in getattr(layer, "recurrent_states", {}).values()
+        )
         self._uncounted: dict[str, None] = {}
         self._notes: dict[str, None] = {}
         self._stack = contextlib.ExitStack()
