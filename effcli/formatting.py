@@ -87,10 +87,12 @@ def seconds(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Format a fraction: ``28 %``; below 10 % with one decimal."""
+    """Format a fraction: ``28 %``; below 10 % with one decimal, and never 0 unless it is."""
     if value is None:
         return MISSING
     hundred = 100 * value
+    if 0 < hundred < 0.05:
+        return "<0.1 %"
     return f"{hundred:.1f} %" if abs(hundred) < 9.95 and round(hundred, 1) % 1 else f"{hundred:,.0f} %"
 
 

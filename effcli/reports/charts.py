@@ -240,7 +240,7 @@ def kv_curve(report: Report) -> str | None:
         "kv-curve",
         "KV cache bytes of one sequence against context",
         f"Log–log lines for {', '.join(f'{bits} bits' for bits in widths)}; weights {fmt.data_size(weights)}, "
-        f"device memory {fmt.data_size(memory)}; the cache is as large as the weights at {fmt.integer(crossover)} tokens.",
+        f"device memory {fmt.data_size(memory)}; as large as the weights at {fmt.integer(crossover)} tokens.",
         WIDTH,
         height,
     )

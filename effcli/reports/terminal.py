@@ -23,7 +23,7 @@ PIPE_WIDTH = 80
 MOST_WIDTH = 120
 MOST_HEADS = 16
 INDENT = 2
-WORD = 14  # text cells up to this long are never broken
+WORD = 16  # text cells up to this long are never broken
 # Light to strong, one for each shading character; chosen to read on dark and on light backgrounds.
 HEAT_STYLES = ("", "blue", "cyan", "yellow", "bold red")
 BOUND_STYLES = {"memory": "yellow", "compute": "green", "overhead": "red"}
@@ -86,7 +86,7 @@ def _block(block: Block, width: int) -> Iterator[RenderableType]:
             grid.add_row(Text(name), Text(value))
         yield Padding(grid, (0, INDENT))
     elif block.rows:
-        yield Padding(_table(block), (0, INDENT - 1))
+        yield Padding(_table(block), (0, 0, 0, INDENT - 1))
     for note in block.notes:
         yield Padding(Text(note, style="dim"), (0, INDENT))
 

@@ -13,7 +13,15 @@ NOTABLE_WEIGHTS = 0.5  # share of decode's bytes from which weights are what to 
 
 def verdict(report: Report) -> list[str]:
     """Return the sentences of the report, the most pressing first; at least one."""
-    sentences = [*_memory(report), *_phases(report), *_advice(report), *_kv(report), *_sinks(report), *_energy(report)]
+    sentences = [
+        *_memory(report),
+        *_phases(report),
+        *_shaky(report),
+        *_advice(report),
+        *_kv(report),
+        *_sinks(report),
+        *_energy(report),
+    ]
     if sentences:
         return sentences
     ran = ", ".join(printable(name) for name in report.get("profiles") or {})
@@ -33,22 +41,25 @@ def _memory(report: Report) -> list[str]:
 
 
 def _phases(report: Report) -> list[str]:
-    intensity = profile(report, "intensity")
-    if intensity is None:
-        return []
+    intensity = profile(report, "intensity") or {}
     points = items(intensity, "points")
+    quoted = [(phase, main_point(points, phase)) for phase in ("decode", "prefill")]
+    return [_phase(phase, point, intensity, report) for phase, point in quoted if point is not None]
+
+
+def _elsewhere(report: Report) -> list[str]:
+    """Name the points whose bound is not that of the quoted one."""
+    points = items(profile(report, "intensity"), "points")
     sentences = []
     for phase in ("decode", "prefill"):
-        point = main_point(points, phase)
-        if point is None:
-            continue
-        sentences.append(_phase(phase, point, intensity, report))
+        quoted = main_point(points, phase)
         others = [
             f"{other['bound']}-bound at {where(other)}"
             for other in points
-            if other.get("phase") == phase and other.get("bound") and other["bound"] != point.get("bound")
+            if quoted is not None and quoted.get("bound")
+            if other.get("phase") == phase and other.get("bound") not in (None, quoted["bound"])
         ]
-        if others and point.get("bound"):
+        if others:
             sentences.append(f"{phase.capitalize()} is {', '.join(others)}.")
     return sentences
 
@@ -89,6 +100,18 @@ def _not_run(name: str, point: Report) -> str:
         f"{name} {would} takes at least {fmt.seconds(attainable)} by this device's measured peaks for {work} at "
         f"{where(point)} (counted, not timed{reason})."
     ).replace("  ", " ")
+
+
+def _shaky(report: Report) -> list[str]:
+    """Say when the timings that the sentences before quote are not to be trusted."""
+    points = items(profile(report, "intensity"), "points")
+    quoted = [point for phase in ("decode", "prefill") if (point := main_point(points, phase)) is not None]
+    places = [(point.get("batch"), point.get("context")) for point in quoted]
+    return [
+        f"Shaky timing at {where(timed)}: {printable('; '.join(timed['warnings']))}."
+        for timed in items(profile(report, "latency"), "points")
+        if timed.get("warnings") and (timed.get("batch"), timed.get("context")) in places
+    ]
 
 
 def _speed(phase: str, point: Report, report: Report) -> str:

@@ -39,6 +39,8 @@ def test_times_read_back_within_rounding(exponent: int, mantissa: float) -> None
         (0.0999, "10 %"),
         (1.0, "100 %"),
         (0.0, "0 %"),
+        (0.0004, "<0.1 %"),
+        (0.0005, "0.1 %"),
         (12.5, "1,250 %"),
     ],
 )

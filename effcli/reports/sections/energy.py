@@ -20,6 +20,9 @@ def section(result: Report, report: Report) -> Section:
         ("SM clock", result.get("sm_clock_hertz"), fmt.hertz(result.get("sm_clock_hertz"))),
         ("memory clock", result.get("memory_clock_hertz"), fmt.hertz(result.get("memory_clock_hertz"))),
         ("temperature", result.get("temperature_celsius"), _with_unit(result.get("temperature_celsius"), "°C")),
+        ("decoding at batch", result.get("batch"), fmt.integer(result.get("batch"))),
+        ("decoding at context", result.get("context"), fmt.integer(result.get("context"))),
+        ("method", result.get("method"), printable(result.get("method"))),
         ("tokens", result.get("tokens"), fmt.integer(result.get("tokens"))),
         ("measured for", result.get("seconds"), fmt.seconds(result.get("seconds"))),
     )

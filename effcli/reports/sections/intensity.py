@@ -25,6 +25,7 @@ from effcli.reports.blocks import (
 TOP_MODULES = 12
 PAPER_CLAIM = "the often-quoted 2 operations a byte holds at 8-bit weights; 1 at 16-bit, 4 at 4-bit"
 
+ROOTS = ("", "(model)")  # names of the whole model among its modules
 _LAYER_INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -59,7 +60,7 @@ def module_groups(modules: list[Report]) -> list[ModuleGroup]:
             own[parent][1] -= module.get("bytes") or 0
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, (flops, bytes_) in own.items():
-        label = _LAYER_INDEX.sub(".*", name) or "model"
+        label = "(model)" if name in ROOTS else _LAYER_INDEX.sub(".*", name)
         group = sums[f"{label} (itself)" if name in parents else label]
         group[0] += 1
         group[1] += max(0, flops)
@@ -68,12 +69,14 @@ def module_groups(modules: list[Report]) -> list[ModuleGroup]:
 
 
 def _parent(name: str, known: dict[str, Report]) -> str | None:
-    """Return the nearest module that contains ``name``; the whole model has the empty name."""
+    """Return the nearest module that contains ``name``, None for the whole model."""
+    if name in ROOTS:
+        return None
     while "." in name:
         name = name.rpartition(".")[0]
         if name in known:
             return name
-    return "" if name and "" in known else None
+    return next((root for root in ROOTS if root in known), None)
 
 
 def section(result: Report, report: Report) -> Section:
@@ -81,11 +84,6 @@ def section(result: Report, report: Report) -> Section:
     points = items(result, "points")
     ridge = result.get("ridge_flops_per_byte")
     lead = []
-    decode = next((point for point in points if point.get("phase") == "decode" and point.get("batch") == 1), None)
-    if decode is not None:
-        lead.append(
-            f"Decode at {where(decode)} does {fmt.short(decode.get('flops_per_byte'))} FLOP/byte ({PAPER_CLAIM})."
-        )
     if ridge is not None:
         lead.append(
             f"On this device compute takes over from memory at {fmt.short(ridge)} FLOP/byte: "
@@ -94,7 +92,7 @@ def section(result: Report, report: Report) -> Section:
         )
     if result.get("experts"):
         lead.append(f"Routed experts: {printable(result['experts'])}.")
-    blocks: list[Block] = [Chart("roofline"), _work(points), _time(points), Chart("breakdown")]
+    blocks: list[Block] = [Chart("roofline"), _work(points), *_beside(points), _time(points), Chart("breakdown")]
     for phase in ("decode", "prefill"):
         point = main_point(points, phase)
         if point is not None:
@@ -119,27 +117,38 @@ def _work(points: list[Report]) -> Table:
         )
         for point in points
     )
-    needed = [
-        f"{fmt.flops(point['flops_needed'])} of {fmt.flops(point.get('flops'))} ({point.get('phase')}, {where(point)})"
+    notes = [
+        "Arithmetic without a FLOP formula, not counted: " + printable(", ".join(point["uncounted_ops"]))
         for point in points
-        if point.get("flops_needed") is not None and point["flops_needed"] != point.get("flops")
+        if point.get("uncounted_ops")
     ]
-    copied = [
-        f"{fmt.data_size(point['cache_copy_bytes'])} ({point.get('phase')}, {where(point)})"
-        for point in points
-        if point.get("cache_copy_bytes")
-    ]
-    notes = [f"The attention mask needs less than is executed: {'; '.join(needed)}."] if needed else []
-    if copied:
-        notes.append(f"History that the cache class copies on top of these bytes: {'; '.join(copied)}.")
+    said: dict[str, list[str]] = {}
     for point in points:
-        if point.get("uncounted_ops"):
-            notes.append(
-                "Arithmetic without a FLOP formula, not counted: " + printable(", ".join(point["uncounted_ops"]))
-            )
-        notes += [printable(note) for note in point.get("notes") or []]
+        for note in point.get("notes") or []:
+            said.setdefault(printable(note), []).append(f"{point.get('phase')}, {where(point)}")
+    notes += [f"{note[:1].upper()}{note[1:]} ({'; '.join(places)})." for note, places in said.items()]
     heads = columns("<phase", "batch", "context", "FLOP", "bytes", "weights", "activ.", "KV", "FLOP/B")
     return Table("Work and bytes moved, one forward pass", heads, rows, unique(notes))
+
+
+def _beside(points: list[Report]) -> list[Block]:
+    """Show what the counts leave open: work that the mask makes needless, copies that the cache adds."""
+    rows = tuple(
+        (
+            *_place(point),
+            fmt.flops(point.get("flops")),
+            fmt.flops(point.get("flops_needed")),
+            fmt.data_size(point.get("cache_copy_bytes")),
+        )
+        for point in points
+        if point.get("flops_needed") != point.get("flops") or point.get("cache_copy_bytes")
+    )
+    heads = columns("<phase", "batch", "context", "executed", "needed", "cache copies")
+    notes = (
+        "needed: without the query and key pairs that the attention mask hides. cache copies: history that the cache "
+        "class copies when it grows, on top of the bytes above.",
+    )
+    return [Table("Executed against needed", heads, rows, notes)] if rows else []
 
 
 def _time(points: list[Report]) -> Table:
@@ -156,8 +165,8 @@ def _time(points: list[Report]) -> Table:
         for point in points
     )
     reasons = (f"No time: {printable(point['time_reason'])}" for point in points if point.get("time_reason"))
-    heads = columns("<phase", "batch", "context", "measured", "roofline", "of roof", "<bound", "MFU", "MBU")
-    note = "of roof: roofline time over measured time; 100 % is all that this device can do."
+    heads = columns("<phase", "batch", "context", "time", "roofline", "of roof", "<bound", "MFU", "MBU")
+    note = "of roof: roofline time over time measured; 100 % is all that this device can do."
     return Table("Time against the roofline", heads, rows, unique([note, *reasons]))
 
 

@@ -127,11 +127,12 @@ def _points(result: Report) -> Table:
         )
         for point in points
     )
-    notes: list[str | None] = []
-    for point in points:
-        for name, reason in (("measured", "measured_reason"), ("allocator", "allocator_reason")):
-            if point.get(f"{name}_bytes") is None and point.get(reason):
-                notes.append(f"{name.capitalize()}: {printable(point[reason])}")
+    notes = [
+        f"Not measured: {printable(point[f'{name}_reason'])}."
+        for point in points
+        for name in ("measured", "allocator")
+        if point.get(f"{name}_bytes") is None and point.get(f"{name}_reason")
+    ]
     heads = columns("batch", "context", "predicted", "measured", "difference", "allocator")
     return Table("Predicted and measured", heads, rows, unique(notes))
 
@@ -144,20 +145,20 @@ def _fits(result: Report) -> Table:
     rows = tuple(
         (
             f"{width} bits",
-            _tokens(longest.get(width)),
+            fmt.integer(longest.get(width)),
             *(fmt.integer((batches.get(width) or {}).get(context)) for context in contexts),
         )
         for width in bits
     )
     limit = result.get("model_context_limit")
-    notes = ["By memory alone; payload bits, scales not counted."]
+    notes = ["By memory alone; payload bits, scales not counted. Longest context: tokens of one sequence."]
+    if contexts:
+        notes.append("Batch at a context: sequences of so many tokens.")
     if limit is not None:
         notes.append(f"The model itself is limited to {limit:,} tokens.")
     if result.get("memory_reason"):
         notes.append(printable(result["memory_reason"]))
-    heads = columns("<KV in", "longest context, batch 1", *(f"batch at {int(context):,}" for context in contexts))
+    heads = columns(
+        "<KV in", "longest context", *(f"{'batch ' * (not at)}at {int(tokens):,}" for at, tokens in enumerate(contexts))
+    )
     return Table("What fits this device", heads, rows, unique(notes))
-
-
-def _tokens(value: float | None) -> str:
-    return fmt.MISSING if value is None else f"{value:,.0f} tokens"

@@ -61,4 +61,9 @@ def _rates(points: list[Report]) -> Table:
     )
     heads = columns("batch", "context", "decode tok/s", "prefill tok/s", "spread", "samples", "peak memory")
     spread = "Spread: (p90 − p10) / p50 of TPOT."
-    return Table("Throughput", heads, rows, unique([spread, *reasons]))
+    ranges = (
+        f"TPOT of {where(point)}: timed with {' to '.join(map(fmt.integer, point['decode_context']))} tokens cached."
+        for point in points
+        if point.get("decode_context")
+    )
+    return Table("Throughput", heads, rows, unique([spread, *ranges, *reasons]))

@@ -18,7 +18,7 @@ def bos_label(point: Report) -> str:
     return "with BOS" if point.get("bos") else "without BOS"
 
 
-def sparkline(values: list[float], width: int = 24) -> str:
+def sparkline(values: list[float], width: int = 16) -> str:
     """Draw values ≥ 0 as a line of block characters, at most ``width`` of them, the largest at full height."""
     if not values:
         return fmt.MISSING
@@ -124,25 +124,42 @@ def _positions(result: Report) -> Table:
 
 
 def _massive(result: Report) -> Table:
+    groups: dict[tuple[object, ...], list[Report]] = {}
     found = sorted(items(result, "massive_activations"), key=lambda entry: abs(entry["value"]), reverse=True)
+    for entry in found:
+        key = (entry["position"], entry["token"], entry["dimension"], entry.get("bos"))
+        groups.setdefault(key, []).append(entry)
     rows = tuple(
         (
-            fmt.integer(entry["layer"]),
-            fmt.integer(entry["position"]),
-            printable(repr(entry["token"])),
-            fmt.integer(entry["dimension"]),
-            fmt.significant(entry["value"]),
-            fmt.significant(entry["ratio_to_median"]),
-            fmt.yes_no(entry.get("bos")),
+            _ranges([entry["layer"] for entry in entries]),
+            fmt.integer(entries[0]["position"]),
+            printable(repr(entries[0]["token"])),
+            fmt.integer(entries[0]["dimension"]),
+            fmt.significant(entries[0]["value"]),
+            fmt.significant(max(entry["ratio_to_median"] for entry in entries)),
+            fmt.yes_no(entries[0].get("bos")),
         )
-        for entry in found[:TOP_ACTIVATIONS]
+        for entries in list(groups.values())[:TOP_ACTIVATIONS]
     )
     count = result.get("massive_activation_count")
-    notes = [f"{fmt.integer(count)} in all, the {len(rows)} largest shown."] if count and count > len(rows) else []
+    notes = [f"{fmt.integer(count)} in all, one for each layer; largest value and ratio of each row."] if rows else []
+    if count and count > len(found):
+        notes.append(f"The report lists the {len(found)} largest.")
     if not rows:
         notes.append("None found." if count == 0 else "The report lists none.")
-    heads = columns("layer", "position", "<token", "dimension", "value", "× median", "<BOS")
+    heads = columns("<layers", "position", "<token", "dimension", "value", "× median", "<BOS")
     return Table("Massive activations (|a| > 100 and > 1,000 × median)", heads, rows, tuple(notes))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return ``3, 5–8`` for 3, 5, 6, 7, 8."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def _perturbation(result: Report) -> Table:

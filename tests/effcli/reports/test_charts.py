@@ -198,9 +198,11 @@ def test_bits_of_a_dtype(name: str, bits: int) -> None:
     assert bits_of(name) == bits
 
 
-def test_module_groups_add_up_to_the_whole() -> None:
+@pytest.mark.parametrize("root", ["", "(model)"])
+def test_module_groups_add_up_to_the_whole(root: str) -> None:
     modules = samples.full().to_dict()["profiles"]["intensity"]["points"][0]["modules"]
     whole = next(module for module in modules if module["name"] == "")
+    whole["name"] = root
     groups = {group.name: group for group in module_groups(modules)}
     assert sum(group.flops for group in groups.values()) == whole["flops"]
     assert sum(group.bytes for group in groups.values()) == whole["bytes"]

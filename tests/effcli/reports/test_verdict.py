@@ -33,6 +33,14 @@ def test_tokens_per_second_comes_from_the_latency_section_where_it_has_the_point
     assert "33." not in verdict(report)[0]
 
 
+def test_a_shaky_timing_says_so_beside_the_figure() -> None:
+    report = samples.full().to_dict()
+    report["profiles"]["latency"]["points"][0]["warnings"] = ["one sample", "spread of 78%"]
+    assert verdict(report)[2] == "Shaky timing at batch 1, context 512: one sample; spread of 78%."
+    report["profiles"]["latency"]["points"][0]["context"] = 513
+    assert not any("Shaky" in sentence for sentence in verdict(report))
+
+
 def test_batches_count_in_the_rate() -> None:
     assert "80 tokens/s at batch 8" in verdict(with_decode(batch=8, time_seconds=0.1))[0]
 
