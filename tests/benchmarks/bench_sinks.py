@@ -1,0 +1,166 @@
+"""What measuring sinks costs beside one plain forward pass, in time and memory, and how exact it is.
+
+``python -m tests.benchmarks.bench_sinks [--model FOLDER] [--context T] [--repeats N]``; without ``--model`` the
+built-in model. Both passes use fused attention and keep the logits of the last token only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CONTEXT = 8_192
+REPEATS = 3
+EXACTNESS_CONTEXT = 512
+TIME_LIMIT, MEMORY_LIMIT, ALPHA_LIMIT = 1.15, 1.10, 1e-4
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def load(folder: str, implementation: str = "sdpa") -> Any:
+    """Load the model in its stored dtype, without a progress bar."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=implementation).eval()
+
+
+def tokens(folder: str, length: int) -> Any:
+    """Return one sequence of the default text, shape (1, length)."""
+    from transformers import AutoTokenizer
+
+    from profilers.text import token_stream
+
+    return token_stream(AutoTokenizer.from_pretrained(folder), 0).windows(1, length)
+
+
+def passes(model: Any, ids: Any) -> dict[str, Callable[[], object]]:
+    """Return the plain forward and the sink-measuring one."""
+    import torch
+
+    from profilers.sinks import sink_alphas
+
+    @torch.no_grad()
+    def plain() -> object:
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+    return {"plain": plain, "sinks": lambda: sink_alphas(model, ids)}
+
+
+def bench_time(folder: str, context: int, repeats: int) -> dict[str, object]:
+    """Time both passes in turn, in this process."""
+    model = load(folder)
+    for warm in passes(model, tokens(folder, EXACTNESS_CONTEXT)).values():
+        warm()
+    both = passes(model, tokens(folder, context))
+    seconds: dict[str, list[float]] = {name: [] for name in both}
+    for repeat in range(repeats):
+        for name in sorted(both, reverse=repeat % 2 == 1):  # neither always follows the other
+            started = time.perf_counter()
+            both[name]()
+            seconds[name].append(time.perf_counter() - started)
+    plain, sinks = (statistics.median(seconds[name]) for name in ("plain", "sinks"))
+    return {
+        "benchmark": "sinks_time",
+        "context": context,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "plain_seconds": seconds["plain"],
+        "sinks_seconds": seconds["sinks"],
+        "ratio": sinks / plain,
+        "must_reach": f"<= {TIME_LIMIT}",
+        "reached": sinks / plain <= TIME_LIMIT,
+    }
+
+
+def bench_memory(folder: str, context: int, repeats: int) -> dict[str, object]:
+    """Compare the peak resident memory of processes that each run one of the passes once; medians.
+
+    Medians, because the allocator alone moves the peak of one and the same pass by several per cent.
+    """
+    command = [sys.executable, "-m", "tests.benchmarks.bench_sinks", "--model", folder, "--context", str(context)]
+    peaks: dict[str, list[int]] = {"plain": [], "sinks": []}
+    for _ in range(repeats):
+        for name, found in peaks.items():
+            out = subprocess.run([*command, "--peak-of", name], check=True, stdout=subprocess.PIPE, text=True).stdout
+            found.append(json.loads(out)["peak_resident_bytes"])
+    ratio = statistics.median(peaks["sinks"]) / statistics.median(peaks["plain"])
+    return {
+        "benchmark": "sinks_memory",
+        "context": context,
+        "plain_peak_resident_bytes": peaks["plain"],
+        "sinks_peak_resident_bytes": peaks["sinks"],
+        "ratio": ratio,
+        "must_reach": f"<= {MEMORY_LIMIT}",
+        "reached": ratio <= MEMORY_LIMIT,
+    }
+
+
+def peak_of(name: str, folder: str, context: int) -> dict[str, int]:
+    """Run one pass and return the peak resident memory of this process during it, and what was resident before."""
+    run = passes(load(folder), tokens(folder, context))[name]
+    with contextlib.suppress(OSError):  # Linux forgets the peak of loading, which would hide that of the pass
+        Path("/proc/self/clear_refs").write_text("5")
+    before = psutil.Process().memory_info().rss
+    run()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    return {"peak_resident_bytes": peak, "resident_bytes_before": before}
+
+
+def bench_exactness(folder: str) -> dict[str, object]:
+    """Compare alpha_1 of every head with the full attention matrices of transformers' eager attention."""
+    import torch
+
+    from profilers.sinks import sink_alphas
+
+    ids = tokens(folder, EXACTNESS_CONTEXT)
+    measured = sink_alphas(load(folder), ids)
+    with torch.no_grad():
+        matrices = load(folder, "eager")(ids, use_cache=False, output_attentions=True).attentions
+    worst = max(
+        (alpha.double() - weights[..., 0].double().mean(dim=-1)).abs().max().item()
+        for alpha, weights in zip(measured, matrices, strict=True)
+        if alpha is not None
+    )
+    return {
+        "benchmark": "sinks_exactness",
+        "context": EXACTNESS_CONTEXT,
+        "largest_alpha_difference": worst,
+        "must_reach": f"<= {ALPHA_LIMIT}",
+        "reached": worst <= ALPHA_LIMIT,
+    }
+
+
+def main() -> None:
+    """Print one JSON line a benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="transformers folder (default: the built-in model)")
+    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--peak-of", choices=("plain", "sinks"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.model
+    if folder is None:
+        from effcli.builtin_models import fetch
+
+        folder = str(fetch("smollm2-135m"))
+    if arguments.peak_of:
+        print(json.dumps(peak_of(arguments.peak_of, folder, arguments.context)))
+        return
+    print(json.dumps(bench_exactness(folder)), flush=True)
+    print(json.dumps(bench_memory(folder, arguments.context, arguments.repeats)), flush=True)
+    print(json.dumps(bench_time(folder, arguments.context, arguments.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
