@@ -23,6 +23,7 @@ from profilers.phases import (
     prefill,
     token_ids,
 )
+from profilers.timing import check_point, out_of_memory_as_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -151,13 +152,15 @@ def count(
 
     Raises
     ------
+    DoesNotFitError
+        If the device has not enough memory.
     ProfilerError
-        For an unknown phase, or a context that the model has no positions for.
+        For an unknown phase, a batch below 1, or a context that the model has no positions for.
     """
     if phase not in PHASES:
         raise ProfilerError(f"no phase named '{phase}'; known: {', '.join(PHASES)}")
     live: PreTrainedModel = model if isinstance(model, torch.nn.Module) else meta_model(model, dtype)
-    check_context(live.config, context)
+    _check(live, batch, context)
     return _trace_phases(live, batch, context, {phase: 1}, seed=seed)[phase][0]
 
 
@@ -189,16 +192,18 @@ def measure_intensity(
 
     Raises
     ------
+    DoesNotFitError
+        If the device has not enough memory.
     ProfilerError
-        For a context that the model has no positions for.
+        For a batch below 1, or a context that the model has no positions for.
     """
-    for context in contexts:
-        check_context(model.config, context)
+    sizes = [(batch, context) for batch in batches for context in contexts]
+    for batch, context in sizes:
+        _check(model, batch, context)
     on_meta = model.device.type == "meta"
     roofline = _Roofline(peaks, model.dtype)
     points: list[IntensityPoint] = []
     experts = 0
-    sizes = [(batch, context) for batch in batches for context in contexts]
     with (progress or SilentProgress()).task("Counting operations", total=len(sizes)) as task:
         for batch, context in sizes:
             timing = None if timings is None or on_meta else timings.measure(batch, context)
@@ -227,8 +232,10 @@ def run(context: ProfileContext) -> IntensityResult:
 
     Raises
     ------
+    DoesNotFitError
+        If the device has not enough memory.
     ProfilerError
-        For a context that the model has no positions for.
+        For a batch below 1, or a context that the model has no positions for.
     """
     contexts = context.request.contexts
     if contexts is None:
@@ -267,10 +274,26 @@ class _Roofline:
         return flops / self.flops, (moved / self._peaks.bandwidth(moved) if moved else 0.0)
 
 
+def _check(model: PreTrainedModel, batch: int, context: int) -> None:
+    if model.device.type != "meta":
+        check_point(model, batch, context)
+        return
+    check_context(model.config, context)
+    if batch < 1:
+        raise ProfilerError(f"batch {batch} is not a number of sequences; give 1 or more")
+
+
 def _trace_phases(
     model: PreTrainedModel, batch: int, context: int, passes: dict[str, int], *, seed: int
 ) -> dict[str, list[Trace]]:
     """Trace each phase as often as ``passes`` says, timing the ops unless the model is on meta."""
+    with out_of_memory_as_error(batch, context, model.device):
+        return _run_phases(model, batch, context, passes, seed=seed)
+
+
+def _run_phases(
+    model: PreTrainedModel, batch: int, context: int, passes: dict[str, int], *, seed: int
+) -> dict[str, list[Trace]]:
     traces: dict[str, list[Trace]] = {phase: [] for phase in passes}
     state = None
     history = decode_history(model.config, context)

@@ -171,6 +171,10 @@ class OpTracer:
         )
         self._uncounted: dict[str, None] = {}
         self._notes: dict[str, None] = {}
+        if cache is not None and not self._kv:
+            self._notes[
+                f"{type(cache).__name__} holds no tensors that are known: its traffic counts as activations"
+            ] = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> OpTracer:

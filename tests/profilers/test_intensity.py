@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from effcli.reports.model import plain
-from profilers.base import ProfileContext, ProfileRequest, ProfilerError
+from profilers.base import DoesNotFitError, ProfileContext, ProfileRequest, ProfilerError
 from profilers.intensity import OVERHEAD_BELOW, PROFILER, count, measure_intensity, run
 from profilers.meta import meta_model
 from profilers.peaks import Peaks, WorkingSetBandwidth
@@ -231,6 +231,11 @@ def test_count_takes_a_config_or_a_model():
 def test_bad_requests_name_the_value_and_the_limit():
     with pytest.raises(ProfilerError, match="context 1025 is past the model's limit of 1024"):
         run(_context(build("llama"), contexts=(16, 1025)))
+    for model in (build("llama"), meta_model(CONFIGS["llama"](), torch.float32)):
+        with pytest.raises(ProfilerError, match="batch 0"):
+            measure_intensity(model, batches=(0,), contexts=(16,))
+    with pytest.raises(DoesNotFitError, match="--batch"):
+        measure_intensity(build("llama"), batches=(1 << 40,), contexts=(16,))
     with pytest.raises(ProfilerError, match="no phase named 'training'"):
         count(CONFIGS["llama"](), "training", 1, 16)
 

@@ -385,6 +385,13 @@ def test_an_op_without_a_formula_is_named():
     assert trace.total.bytes == 2 * 16 * FLOAT
 
 
+def test_a_cache_of_unknown_kind_is_named():
+    class Strange:
+        state = torch.ones(3)
+
+    assert any("Strange" in note for note in _count(lambda: None, cache=Strange()).notes)
+
+
 def test_names_have_shapes_and_classes():
     trace = _trace(build("mamba"), "prefill")
     classes = {group.op_class for group in trace.ops}
