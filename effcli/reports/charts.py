@@ -271,7 +271,7 @@ def kv_curve(report: Report) -> str | None:
             cy=y(weights),
             r=6,
         )
-        drawing.text("label strong", x(crossover) - 10, y(weights) + 18, f"{crossover:,} tokens", "end")
+        drawing.text("label strong", x(crossover) - 8, y(weights) - 9, f"{crossover:,} tokens", "end")
     for point in points:
         held = point.get("measured_bytes")
         value = held if held is not None else point.get("predicted_bytes")

@@ -11,6 +11,7 @@ from effcli.formatting import printable
 from effcli.reports import charts
 from effcli.reports.blocks import Chart, Facts, HeatMap, Report, Section, Table, items, main_point, profile, where
 from effcli.reports.sections import sections
+from effcli.reports.sections.sinks import quoted_points
 from effcli.reports.verdict import verdict
 
 CAPTIONS = {
@@ -39,7 +40,7 @@ def to_html(report: Report) -> str:
     environment.tests["heat_map"] = lambda block: isinstance(block, HeatMap)
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     found = sections(report)
-    first, *others = verdict(report)
+    first, *others = (sentence.replace(" %", "\u00a0%") for sentence in verdict(report))
     model = report.get("model") or {}
     page: str = template.render(
         style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
@@ -124,7 +125,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if kv is not None and kv.get("bytes_per_token") is not None:
         found.append(("KV cache", fmt.data_size(kv["bytes_per_token"]), f"a token, {kv.get('dtype')}"))
     sinks = profile(report, "sinks") or {}
-    rated = next((point for point in items(sinks, "points") if point.get("sink_rate") is not None), None)
+    rated, _ = quoted_points(sinks)
     if rated is not None:
         bos = "with" if rated.get("bos") else "without"
         epsilon = fmt.short(sinks.get("epsilon"))

@@ -6,6 +6,7 @@ from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports.blocks import Report, items, main_point, profile, ratio, where
 from effcli.reports.sections.intensity import PAPER_CLAIM
+from effcli.reports.sections.sinks import quoted_points
 
 NOTABLE_COPY = 0.02  # share of decode's bytes from which copying the cache is worth a sentence
 NOTABLE_WEIGHTS = 0.5  # share of decode's bytes from which weights are what to shrink
@@ -17,6 +18,7 @@ def verdict(report: Report) -> list[str]:
         *_memory(report),
         *_phases(report),
         *_shaky(report),
+        *_elsewhere(report),
         *_advice(report),
         *_kv(report),
         *_sinks(report),
@@ -198,23 +200,14 @@ def _kv(report: Report) -> list[str]:
 
 
 def _sinks(report: Report) -> list[str]:
-    sinks = profile(report, "sinks")
-    points = [point for point in items(sinks, "points") if point.get("sink_rate") is not None]
-    if sinks is None or not points:
+    sinks = profile(report, "sinks") or {}
+    quoted, with_bos = quoted_points(sinks)
+    if quoted is None:
         return []
-    plain = next((point for point in points if not point.get("bos")), points[0])
-    beside = next(
-        (
-            point
-            for point in points
-            if point.get("bos") and not plain.get("bos") and point["context"] == plain["context"]
-        ),
-        None,
-    )
-    own = " with BOS" if plain.get("bos") else ""
-    more = f" ({fmt.percent(beside['sink_rate'])} with BOS)" if beside else ""
+    own = " with BOS" if quoted.get("bos") else ""
+    more = f" ({fmt.percent(with_bos['sink_rate'])} with BOS)" if with_bos else ""
     return [
-        f"Sinks: {fmt.percent(plain['sink_rate'])} of heads put more than {fmt.short(sinks.get('epsilon'))} of their "
+        f"Sinks: {fmt.percent(quoted['sink_rate'])} of heads put more than {fmt.short(sinks.get('epsilon'))} of their "
         f"attention on the first token{own}{more}."
     ]
 

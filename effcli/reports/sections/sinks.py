@@ -43,6 +43,16 @@ def heat_maps(result: Report) -> tuple[HeatMap, ...]:
     )
 
 
+def quoted_points(result: Report) -> tuple[Report | None, Report | None]:
+    """Return the point that sentences quote (the first without BOS, else the first), and its twin with BOS."""
+    points = [point for point in items(result, "points") if point.get("sink_rate") is not None]
+    quoted = next((point for point in points if not point.get("bos")), next(iter(points), None))
+    if quoted is None or quoted.get("bos"):
+        return quoted, None
+    twins = (point for point in points if point.get("bos") and point.get("context") == quoted.get("context"))
+    return quoted, next(twins, None)
+
+
 def section(result: Report, report: Report) -> Section:
     """Build the section."""
     lead = [
