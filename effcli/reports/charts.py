@@ -108,9 +108,10 @@ def _roofs(
             slant[0][1] + step / 40 * (slant[1][1] - slant[0][1]),
             3,
         )
-    drawing.text("label", x(own / bandwidth), floor - 8, f"ridge {fmt.short(own / bandwidth)} FLOP/byte", "middle")
+    ridge = min(max(x(own / bandwidth), x.start + 66), x.end - 66)
+    drawing.text("label", ridge, floor - 8, f"ridge {fmt.short(own / bandwidth)} FLOP/byte", "middle")
     drawing.line("limit", x(own / bandwidth), y(own), x(own / bandwidth), floor - 22)
-    labels.occupy(x(own / bandwidth), floor - 12, 62)
+    labels.occupy(ridge, floor - 12, 62)
     for name, rate in sorted(rates.items(), key=lambda item: item[0] != main):
         kind = "roof main" if name == main else "roof"
         text = f"{printable(name)} {fmt.flop_rate(rate)}"

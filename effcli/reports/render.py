@@ -41,7 +41,8 @@ def render(data: Report, format: str = "human", console: Console | None = None) 
 
         text = to_terminal(data, console)
         if console is not None:
-            console.file.write(text)
+            # A terminal that cannot show a character gets a question mark, not a traceback.
+            console.file.write(text.encode(console.encoding, "replace").decode(console.encoding))
             console.file.flush()
         return text
     if format == "json":

@@ -213,6 +213,14 @@ def test_colour_only_in_a_terminal() -> None:
     assert [line.rstrip() for line in without.splitlines()] == uncoloured.splitlines()
 
 
+def test_a_terminal_without_unicode_is_no_error() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    render(samples.full().to_dict(), "human", console=Console(file=stream, width=80))
+    stream.flush()
+    assert b"Decode is memory-bound: 38 % of this device's bandwidth reached" in raw.getvalue()
+
+
 def test_heat_map_reads_without_colour() -> None:
     values = tuple(tuple(0.9 if head == 0 else 0.05 for head in range(4)) for _ in range(10))
     point = replace(samples.sinks().points[0], alpha=values)
