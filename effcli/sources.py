@@ -93,10 +93,13 @@ def resolve(
     if not spec.strip():
         raise SourceError("the model's name is empty; give a folder, a .gguf file, a built-in name or a hub id")
     path = Path(spec).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise SourceError(f"'{spec}' is a local path and has no revision; leave --revision out")
-        return _from_path(spec, path, config_only=config_only, allow_pickle=allow_pickle)
+    try:
+        if path.exists():
+            if revision is not None:
+                raise SourceError(f"'{spec}' is a local path and has no revision; leave --revision out")
+            return _from_path(spec, path, config_only=config_only, allow_pickle=allow_pickle)
+    except OSError as error:
+        raise SourceError(f"cannot read '{spec}' ({error}); check the path and who may read it") from None
     if spec in builtin_models.CATALOGUE:
         if revision is not None:
             raise SourceError(
@@ -198,5 +201,6 @@ def _refuse_what_looks_like_a_path(spec: str, path: Path) -> None:
     if looks or path.suffix.lower() in {".gguf", ".json", ".safetensors", *PICKLE_SUFFIXES}:
         with contextlib.suppress(OSError):
             siblings = {str(Path(spec).parent / other.name): other for other in path.parent.iterdir()}
-            raise SourceError(f"no file or folder '{spec}'{did_you_mean(str(Path(spec)), siblings)}")
+            hint = did_you_mean(str(Path(spec)), siblings) or "; check the path, or see the names of: effcli models"
+            raise SourceError(f"no file or folder '{spec}'{hint}")
         raise SourceError(f"no file or folder '{spec}': there is no folder '{path.parent}' either")

@@ -140,7 +140,9 @@ def test_safetensors_under_another_name(folder):
     assert "rename it to 'model.safetensors'" in refusal(folder)
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "not valid JSON (line 1"), ("[]", "not an object"), ("\xff", "config")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "not valid JSON (line 1"), ("[]", "not an object"), ("\xff", "config")]
+)
 def test_broken_config(folder, text, said):
     (folder / "config.json").write_text(text, encoding="latin-1")
     message = refusal(folder)
@@ -175,8 +177,20 @@ def test_missing_path(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert f"did you mean '{folder}'?" in refusal(folder.parent / "modle")
     assert "no file or folder './modle'" in refusal("./modle")
-    assert "no file or folder 'modle.gguf'" in refusal("modle.gguf")
+    assert "no file or folder 'modle.gguf'; check the path" in refusal("modle.gguf")
     assert "there is no folder" in refusal(folder / "none" / "deeper")
+
+
+def test_file_that_cannot_be_read(folder, monkeypatch):
+    def closed(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(sources.Path, "open", closed)  # root may read anything, so modes prove nothing
+    monkeypatch.setattr(sources.Path, "read_text", closed)
+    assert "Permission denied" in refusal(folder)
+    (folder / "x.gguf").touch()
+    assert "Permission denied" in refusal(folder / "x.gguf")
+    assert "cannot read" in refusal("x" * 5000)
 
 
 def test_empty_name():
