@@ -7,24 +7,18 @@ built-in model. Both passes use fused attention and keep the logits of the last 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 CONTEXT = 8_192
 REPEATS = 3
 EXACTNESS_CONTEXT = 512
 TIME_LIMIT, MEMORY_LIMIT, ALPHA_LIMIT = 1.15, 1.10, 1e-4
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def load(folder: str, implementation: str = "sdpa") -> Any:
@@ -84,7 +78,7 @@ def bench_time(folder: str, context: int, repeats: int) -> dict[str, object]:
 
 
 def bench_memory(folder: str, context: int, repeats: int) -> dict[str, object]:
-    """Compare the peak resident memory of processes that each run one of the passes once; medians.
+    """Compare the peak memory of processes that each run one of the passes once; medians.
 
     Medians, because the allocator alone moves the peak of one and the same pass by several per cent.
     """
@@ -93,13 +87,13 @@ def bench_memory(folder: str, context: int, repeats: int) -> dict[str, object]:
     for _ in range(repeats):
         for name, found in peaks.items():
             out = subprocess.run([*command, "--peak-of", name], check=True, stdout=subprocess.PIPE, text=True).stdout
-            found.append(json.loads(out)["peak_resident_bytes"])
+            found.append(json.loads(out)["peak_bytes"])
     ratio = statistics.median(peaks["sinks"]) / statistics.median(peaks["plain"])
     return {
         "benchmark": "sinks_memory",
         "context": context,
-        "plain_peak_resident_bytes": peaks["plain"],
-        "sinks_peak_resident_bytes": peaks["sinks"],
+        "plain_peak_bytes": peaks["plain"],
+        "sinks_peak_bytes": peaks["sinks"],
         "ratio": ratio,
         "must_reach": f"<= {MEMORY_LIMIT}",
         "reached": ratio <= MEMORY_LIMIT,
@@ -107,14 +101,19 @@ def bench_memory(folder: str, context: int, repeats: int) -> dict[str, object]:
 
 
 def peak_of(name: str, folder: str, context: int) -> dict[str, int]:
-    """Run one pass and return the peak resident memory of this process during it, and what was resident before."""
-    run = passes(load(folder), tokens(folder, context))[name]
-    with contextlib.suppress(OSError):  # Linux forgets the peak of loading, which would hide that of the pass
-        Path("/proc/self/clear_refs").write_text("5")
-    before = psutil.Process().memory_info().rss
-    run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    return {"peak_resident_bytes": peak, "resident_bytes_before": before}
+    """Run one pass and return the peak memory during it, weights included and loading excluded.
+
+    Not ``ru_maxrss``: that one starts at the peak of the process that started this one.
+    """
+    from profilers.device import track_peak_memory
+
+    model = load(folder)
+    run = passes(model, tokens(folder, context))[name]
+    with track_peak_memory(model.device) as peak:
+        run()
+    if peak.bytes is None:
+        raise SystemExit(f"no peak memory: {peak.reason}")
+    return {"peak_bytes": peak.bytes}
 
 
 def bench_exactness(folder: str) -> dict[str, object]:
