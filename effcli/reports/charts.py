@@ -177,6 +177,10 @@ def heat_map(heat: HeatMap, number: int = 0) -> str | None:
             tip = f"layer {layer}, head {head}: {fmt.significant(value)}{above and ', a sink'}" if each else None
             kind = f"cell h{_level(value)}"
             drawing.add("rect", kind, tip, x=x, y=top + head * tall, width=_gap(wide), height=_gap(tall))
+        if not each:
+            sinks = sum(value > heat.threshold for value in row)
+            tip = f"layer {layer}: {sinks} of {len(row)} heads are sinks, the strongest {fmt.significant(max(row))}"
+            drawing.add("rect", "hover", tip, x=x, y=top, width=wide, height=heads * tall)
     step = max(1, round(layers / 12))
     for layer in range(0, layers, step):
         drawing.text("tick", left + (layer + 0.5) * wide, floor + 15, str(layer), "middle")

@@ -152,7 +152,11 @@ def _massive(result: Report) -> Table:
         for entries in list(groups.values())[:TOP_ACTIVATIONS]
     )
     count = result.get("massive_activation_count")
-    notes = [f"{fmt.integer(count)} in all, one for each layer; largest value and ratio of each row."] if rows else []
+    notes = (
+        [f"{fmt.integer(count)} in all, counted in each layer; a row shows its largest value and ratio."]
+        if rows
+        else []
+    )
     if count and count > len(found):
         notes.append(f"The report lists the {len(found)} largest.")
     if not rows:

@@ -121,6 +121,8 @@ def test_large_heat_maps_stay_small_files() -> None:
     heat = HeatMap("α", tuple(tuple(0.4 for _ in range(128)) for _ in range(126)), 0.3)
     svg = charts.heat_map(heat)
     assert len(of_class(parsed(svg), "cell")) == 126 * 128 + 10
+    tips = [tip(layer) for layer in of_class(parsed(svg), "hover")]
+    assert len(tips) == 126 and tips[0] == "layer 0: 128 of 128 heads are sinks, the strongest 0.400"
     assert svg is not None and len(svg) < 1_500_000
 
 
