@@ -279,6 +279,8 @@ class OpTracer:
                 return func.decompose(*args, **kwargs)
         if rule.free:
             return func(*args, **kwargs)
+        if rule.name == "linear" and args[0].dim() > 2 and args[1].requires_grad:
+            func = _folded_linear
         if rule.name == "scaled_dot_product_attention" and args[0].device.type == "meta":
             out, elapsed = _attention_shape(args[0], args[2]), None
         elif self._clock is None:
@@ -525,6 +527,16 @@ def _window(module: Any) -> Any:
     if getattr(config, "attention_chunk_size", None) is not None:
         return NotImplemented
     return getattr(config, "sliding_window", None)
+
+
+def _folded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Run a linear layer as one matrix product over all rows, as torch does for a weight that requires gradients.
+
+    Below a dispatch mode torch does not see that it does, and for some strides copies the weight instead.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _attention_shape(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
