@@ -444,6 +444,8 @@ def _notes(model: PreTrainedModel, phase: str, batch: int, context: int, trace: 
             yield f"counted after {history} tokens: the model has no position for one more after {context}"
     if model.config.is_encoder_decoder:
         yield f"encoder-decoder: {context} tokens in the encoder and as many in the decoder"
+    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()) and model.device.type != "cpu":
+        yield "weights that are moved to the device for each use count as activations"
     if trace.recurrent:
         yield "recurrent layers update their state with elementwise ops, which count 0 FLOPs"
     if trace.experts:
