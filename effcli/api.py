@@ -95,8 +95,11 @@ def profile(
     profilers.base.ProfilerError
         If a measurement that was asked for cannot be made.
     """
+    from effcli import loading, sources
+    from effcli.quiet import quiet_transformers
     from profilers import registry
-    from profilers.timing import PhaseTimings, check_context
+    from profilers.phases import check_context
+    from profilers.timing import PhaseTimings
 
     started = time.perf_counter()
     progress = progress or SilentProgress()
@@ -104,8 +107,8 @@ def profile(
 
     loaded: LoadedModel
     if isinstance(model, (str, Path)):
-        from effcli import loading, sources
-
+        loading.check_dtype_name(dtype)
+        loading.choose_device(device)  # a wrong name is said before anything is fetched
         trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
         source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
         config_only = config_only or source.kind == "config"
@@ -139,13 +142,14 @@ def profile(
         load_seconds=loaded.load_seconds,
         progress=progress,
     )
-    for profiler in selected:
-        try:
-            run_context.results[profiler.name] = profiler.run(run_context)
-        except NotApplicableError as error:
-            if only is not None:
-                raise
-            skipped[profiler.name] = str(error)
+    with quiet_transformers():
+        for profiler in selected:
+            try:
+                run_context.results[profiler.name] = profiler.run(run_context)
+            except NotApplicableError as error:
+                if only is not None:
+                    raise
+                skipped[profiler.name] = str(error)
     return ProfileReport(
         schema=PROFILE_SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

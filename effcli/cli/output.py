@@ -7,8 +7,7 @@ import errno
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -176,19 +175,7 @@ def chosen_names(text: str | None, known: tuple[str, ...], option: str) -> tuple
     return picked
 
 
-@contextlib.contextmanager
-def warnings_to_stderr(*, quiet: bool) -> Iterator[None]:
-    """Show Python warnings as single lines on stderr, each once; none with ``quiet``."""
-    seen: set[str] = set()
-
-    def show(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
-        line = f"warning: {' '.join(str(message).split())}"
-        if not quiet and line not in seen:
-            seen.add(line)
-            sys.stderr.write(line + "\n")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.showwarning = show
-        yield
+def warn(lines: Iterable[str]) -> None:
+    """Write each line to stderr as a warning."""
+    for line in lines:
+        sys.stderr.write(f"warning: {' '.join(line.split())}\n")

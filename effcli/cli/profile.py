@@ -17,7 +17,7 @@ from effcli.cli.output import (
     format_of,
     fractions,
     positive_numbers,
-    warnings_to_stderr,
+    warn,
 )
 from effcli.cli.progress import progress_bars
 from effcli.errors import BadInputError
@@ -114,7 +114,7 @@ def command(
     sample = read_text(text) if text is not None else None
     from effcli.api import profile
 
-    with progress_bars(quiet=quiet) as progress, warnings_to_stderr(quiet=quiet):
+    with progress_bars(quiet=quiet) as progress:
         result = profile(
             model,
             only=chosen,
@@ -133,4 +133,6 @@ def command(
             progress=progress,
             command=shlex.join(["effcli", *sys.argv[1:]]),
         )
+    if not quiet:
+        warn(result.warnings)
     emit(result.to_dict(), format_, outputs, quiet=quiet)
