@@ -83,7 +83,7 @@ def bench_memory(folder: str, context: int, repeats: int) -> dict[str, object]:
     """Compare the peak memory of processes that each run one of the passes once; medians.
 
     glibc's adaptive threshold is fixed for both, because otherwise holes in its heap move the peak of one and the same
-    pass by up to a fifth from run to run; with it, freed tensors go back to the system and the peak is of what is in use.
+    pass by up to a fifth from run to run; with it, freed tensors leave the process and the peak is of what is in use.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
     command = [sys.executable, "-m", "tests.benchmarks.bench_sinks", "--model", folder, "--context", str(context)]
