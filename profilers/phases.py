@@ -10,6 +10,7 @@ Token ids are random with a seed: times, bytes and shapes do not depend on the t
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,7 @@ def decode_step(
         Shape (batch, 1), to use instead of random ids.
     """
     ids = token_ids(model, state.logits.shape[0], 1, seed) if input_ids is None else input_ids
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _forward_parameters(model.__class__)
     inputs: dict[str, Any] = {key: state.cache for key in _CACHE_KEYS if key in accepted}
     if model.config.is_encoder_decoder:
         inputs |= {"decoder_input_ids": ids, "encoder_outputs": state.encoder_outputs}
@@ -140,8 +141,14 @@ def decode_step(
     return _forward(model, inputs)
 
 
+@functools.cache
+def _forward_parameters(model_class: type[Any]) -> frozenset[str]:
+    """Names that the forward takes; looked up once, since asking costs as much as several ops of a decode step."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
 def _forward(model: PreTrainedModel, inputs: dict[str, Any]) -> PhaseState:
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in _forward_parameters(model.__class__):
         inputs["logits_to_keep"] = 1
     with torch.inference_mode(), meta_compatible() if model.device.type == "meta" else contextlib.nullcontext():
         output = model(**inputs, use_cache=True, return_dict=True)
