@@ -95,9 +95,12 @@ def profile(
     profilers.base.ProfilerError
         If a measurement that was asked for cannot be made.
     """
+    import torch
+
     from effcli import loading, sources
     from effcli.quiet import quiet_transformers
     from profilers import registry
+    from profilers.peaks import measure_peaks
     from profilers.phases import check_context
     from profilers.timing import PhaseTimings
 
@@ -108,20 +111,24 @@ def profile(
     loaded: LoadedModel
     if isinstance(model, (str, Path)):
         loading.check_dtype_name(dtype)
-        loading.choose_device(device)  # a wrong name is said before anything is fetched
+        chosen, _ = loading.choose_device(device)  # a wrong name is said before anything is fetched
         trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
         source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
         config_only = config_only or source.kind == "config"
         selected, skipped = _without_weights(selected, only is not None) if config_only else (selected, {})
+        # Before and after loading: on a shared machine a ceiling is the best of measurements some seconds apart.
+        first = None if config_only else measure_peaks(chosen, loading.native_dtypes(chosen), progress)
         loaded = loading.load(source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust)
     else:
+        first = None
         loaded = _live(model, tokenizer)
         config_only = loaded.model.device.type == "meta"
         selected, skipped = _without_weights(selected, only is not None) if config_only else (selected, {})
 
     for length in context or ():
         check_context(loaded.config, length)
-    peaks = _peaks(loaded, progress)
+    on = torch.device("cpu") if loaded.device.type == "meta" else loaded.device
+    peaks = measure_peaks(on, tuple(dict.fromkeys((loaded.dtype, torch.float32))), progress)
     run_context = ProfileContext(
         model=loaded.model,
         config=loaded.config,
@@ -136,7 +143,7 @@ def profile(
             seed=seed,
             text=text,
         ),
-        peaks=peaks,
+        peaks=peaks if first is None else peaks.merged(first),
         timings=PhaseTimings(loaded.model, seed=seed),
         config_only=config_only,
         load_seconds=loaded.load_seconds,
@@ -157,7 +164,7 @@ def profile(
         seconds_spent=time.perf_counter() - started,
         config_only=config_only,
         model=_model_info(loaded),
-        environment=_environment(loaded, peaks),
+        environment=_environment(loaded, run_context.peaks),
         profiles={name: plain(result) for name, result in run_context.results.items()},
         skipped=skipped,
         warnings=_warnings(run_context.results),
@@ -197,15 +204,6 @@ def _live(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
     )
 
 
-def _peaks(loaded: LoadedModel, progress: Progress) -> Peaks:
-    import torch
-
-    from profilers.peaks import measure_peaks
-
-    device = torch.device("cpu") if loaded.device.type == "meta" else loaded.device
-    return measure_peaks(device, tuple(dict.fromkeys((loaded.dtype, torch.float32))), progress)
-
-
 def _model_info(loaded: LoadedModel) -> ModelInfo:
     config, model = loaded.config.get_text_config(decoder=True), loaded.model
     parameters = list(model.parameters())  # each shared tensor once
@@ -234,7 +232,7 @@ def _model_info(loaded: LoadedModel) -> ModelInfo:
     )
 
 
-def _environment(loaded: LoadedModel, peaks: Peaks) -> Environment:
+def _environment(loaded: LoadedModel, peaks: Peaks | None) -> Environment:
     import torch
 
     from profilers import device as devices

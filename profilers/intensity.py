@@ -15,6 +15,7 @@ import torch
 from profilers.base import ProfileContext, Profiler, ProfilerError, Progress, SilentProgress
 from profilers.meta import meta_model
 from profilers.op_trace import Cost, OpGroup, OpTracer, Trace
+from profilers.peaks import Peaks, Seen
 from profilers.phases import (
     check_context,
     context_limit,
@@ -28,7 +29,6 @@ from profilers.timing import check_point, out_of_memory_as_error
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from profilers.peaks import Peaks
     from profilers.timing import PhaseTimings
 
 PHASES = ("prefill", "decode")
@@ -197,34 +197,10 @@ def measure_intensity(
     ProfilerError
         For a batch below 1, or a context that the model has no positions for.
     """
-    sizes = [(batch, context) for batch in batches for context in contexts]
-    for batch, context in sizes:
-        _check(model, batch, context)
-    on_meta = model.device.type == "meta"
-    roofline = _Roofline(peaks, model.dtype)
-    points: list[IntensityPoint] = []
-    experts = 0
-    with (progress or SilentProgress()).task("Counting operations", total=len(sizes)) as task:
-        for batch, context in sizes:
-            timing = None if timings is None or on_meta else timings.measure(batch, context)
-            passes = {"prefill": 1 if points else PREFILL_PASSES, "decode": DECODE_STEPS}
-            traces = _trace_phases(model, batch, context, {p: 1 for p in PHASES} if on_meta else passes, seed=seed)
-            for phase, (trace, *repeats) in traces.items():
-                seconds = None if timing is None else getattr(timing, phase).p50
-                reason = None
-                if seconds is None:
-                    reason = "the model has no weights" if on_meta else "no timings were asked for"
-                points.append(_point(model, phase, batch, context, (trace, *repeats), roofline, seconds, reason))
-                experts = max([experts, *(total for total, _ in trace.experts)])
-            task.advance()
-    return IntensityResult(
-        dtype=roofline.dtype,
-        peak_flops_per_second=roofline.flops,
-        peak_bytes_per_second=roofline.bytes,
-        ridge_flops_per_byte=_ratio(roofline.flops, roofline.bytes),
-        experts=_experts_rule(on_meta) if experts else None,
-        points=tuple(points),
-    )
+    traced = _trace_all(model, batches, contexts, timings, seed, progress or SilentProgress())
+    if peaks is not None:
+        peaks = peaks.raised(_name(model.dtype), _seen(traced))
+    return _result(model, traced, peaks)
 
 
 def run(context: ProfileContext) -> IntensityResult:
@@ -241,37 +217,104 @@ def run(context: ProfileContext) -> IntensityResult:
     if contexts is None:
         default = DEFAULT_CONTEXT_CONFIG_ONLY if context.config_only else DEFAULT_CONTEXT
         contexts = (min(default, context_limit(context.config) or default),)
-    return measure_intensity(
-        context.model,
-        context.request.batches,
-        contexts,
-        peaks=context.peaks,
-        timings=None if context.config_only else context.timings,
-        seed=context.request.seed,
-        progress=context.progress,
+    timings = None if context.config_only else context.timings
+    traced = _trace_all(
+        context.model, context.request.batches, contexts, timings, context.request.seed, context.progress
     )
+    if context.peaks is not None:
+        context.peaks = context.peaks.raised(_name(context.dtype), _seen(traced))
+    return _result(context.model, traced, context.peaks)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """One phase at one batch and context, counted, and timed if there was a clock."""
+
+    phase: str
+    batch: int
+    context: int
+    traces: tuple[Trace, ...]
+    op_seconds: dict[OpGroup, float]
+    seconds: float | None
+
+
+def _trace_all(
+    model: PreTrainedModel,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    timings: PhaseTimings | None,
+    seed: int,
+    progress: Progress,
+) -> list[_Traced]:
+    """Trace both phases at every batch x context, and time them whole with ``timings``."""
+    sizes = [(batch, context) for batch in batches for context in contexts]
+    for batch, context in sizes:
+        _check(model, batch, context)
+    on_meta = model.device.type == "meta"
+    traced: list[_Traced] = []
+    with progress.task("Counting operations", total=len(sizes)) as task:
+        for batch, context in sizes:
+            timing = None if timings is None or on_meta else timings.measure(batch, context)
+            passes = {"prefill": 1 if traced else PREFILL_PASSES, "decode": DECODE_STEPS}
+            done = _trace_phases(model, batch, context, {p: 1 for p in PHASES} if on_meta else passes, seed=seed)
+            for phase, traces in done.items():
+                seconds = None if timing is None else getattr(timing, phase).p50
+                traced.append(_Traced(phase, batch, context, tuple(traces), _typical_seconds(traces), seconds))
+            task.advance()
+    return traced
+
+
+def _seen(traced: Iterable[_Traced]) -> list[Seen]:
+    """List what ran and how fast: each whole phase, and each kind of op in it."""
+    seen: list[Seen] = []
+    for item in traced:
+        if item.seconds is not None:
+            seen.append(
+                Seen(f"{item.phase} as a whole", item.traces[0].total.flops, item.traces[0].total.bytes, item.seconds)
+            )
+        for group, seconds in item.op_seconds.items():
+            if seconds > 0:
+                calls = item.traces[0].ops[group].calls
+                seen.append(Seen(f"'{group.name}'", group.flops, group.bytes, seconds / calls))
+    return seen
+
+
+def _result(model: PreTrainedModel, traced: Sequence[_Traced], peaks: Peaks | None) -> IntensityResult:
+    roofline = _Roofline(peaks, model.dtype)
+    on_meta = model.device.type == "meta"
+    reason = "the model has no weights" if on_meta else "no timings were asked for"
+    return IntensityResult(
+        dtype=roofline.dtype,
+        peak_flops_per_second=roofline.flops,
+        peak_bytes_per_second=roofline.bytes,
+        ridge_flops_per_byte=_ratio(roofline.flops, roofline.bytes),
+        experts=_experts_rule(on_meta) if any(item.traces[0].experts for item in traced) else None,
+        points=tuple(_point(model, item, roofline, reason) for item in traced),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Roofline:
     """The two ceilings for one dtype, and what they allow."""
 
     def __init__(self, peaks: Peaks | None, dtype: torch.dtype) -> None:
-        self.dtype = str(dtype).removeprefix("torch.")
+        self.dtype = _name(dtype)
         self._peaks = peaks
         self.flops = None if peaks is None else peaks.flops_per_second.get(self.dtype)
         self.bytes = None if peaks is None else peaks.memory_bytes_per_second
 
     def terms(self, flops: int, moved: int) -> tuple[float, float] | None:
-        """Seconds that computing and moving take at the ceilings, for a whole phase."""
-        if self.flops is None or self.bytes is None:
+        """Seconds that computing and moving take at the ceilings; what fits a cache moves at that cache's bandwidth."""
+        if self.flops is None or not self.bandwidth(moved):
             return None
-        return flops / self.flops, moved / self.bytes
+        return flops / self.flops, moved / self.bandwidth(moved)
 
-    def op_terms(self, flops: int, moved: int) -> tuple[float, float] | None:
-        """Return the same for one call of an op, whose bytes may fit a cache."""
-        if self._peaks is None or self.flops is None:
-            return None
-        return flops / self.flops, (moved / self._peaks.bandwidth(moved) if moved else 0.0)
+    def bandwidth(self, moved: int) -> float:
+        """Return the bandwidth ceiling, in bytes/s, for this many bytes; 0 without measured peaks."""
+        return 0.0 if self._peaks is None else self._peaks.bandwidth(moved)
 
 
 def _check(model: PreTrainedModel, batch: int, context: int) -> None:
@@ -327,18 +370,8 @@ def _typical_seconds(traces: Sequence[Trace]) -> dict[OpGroup, float]:
     return seconds
 
 
-def _point(
-    model: PreTrainedModel,
-    phase: str,
-    batch: int,
-    context: int,
-    traces: Sequence[Trace],
-    roofline: _Roofline,
-    seconds: float | None,
-    reason: str | None,
-) -> IntensityPoint:
-    trace = traces[0]
-    op_seconds = _typical_seconds(traces)
+def _point(model: PreTrainedModel, item: _Traced, roofline: _Roofline, reason: str) -> IntensityPoint:
+    phase, batch, context, trace, seconds = item.phase, item.batch, item.context, item.traces[0], item.seconds
     total = trace.total
     terms = roofline.terms(total.flops, total.bytes)
     attainable = None if terms is None else max(terms)
@@ -360,14 +393,14 @@ def _point(
         cache_copy_bytes=total.cache_copy_bytes,
         flops_per_byte=total.flops / total.bytes,
         time_seconds=seconds,
-        time_reason=reason,
+        time_reason=reason if seconds is None else None,
         attainable_seconds=attainable,
         bound=bound,
         mfu=_ratio(_ratio(total.flops, seconds), roofline.flops),
-        mbu=_ratio(_ratio(total.bytes, seconds), roofline.bytes),
+        mbu=_ratio(_ratio(total.bytes, seconds), roofline.bandwidth(total.bytes)),
         modules=tuple(_module(name, trace.kinds[name], cost) for name, cost in trace.modules.items()),
-        op_classes=_ops(trace, op_seconds, roofline, lambda group: group.op_class),
-        ops=_ops(trace, op_seconds, roofline, lambda group: group.name),
+        op_classes=_ops(trace, item.op_seconds, roofline, lambda group: group.op_class),
+        ops=_ops(trace, item.op_seconds, roofline, lambda group: group.name),
         uncounted_ops=trace.uncounted,
         notes=tuple(_notes(model, phase, batch, context, trace)),
     )
@@ -406,7 +439,7 @@ def _op(
     known = True
     for group, cost in groups:
         total.add(cost)
-        terms = roofline.op_terms(group.flops, group.bytes)
+        terms = roofline.terms(group.flops, group.bytes)
         if terms is None:
             known = False
         else:

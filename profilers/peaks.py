@@ -14,6 +14,7 @@ Never taken from a datasheet. See ``docs/profilers/peaks.md``.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -73,6 +74,16 @@ class WorkingSetBandwidth:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Something that ran on the device: what it did and how long it took."""
+
+    name: str
+    flops: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Peaks:
     """Measured ceilings.
 
@@ -96,7 +107,7 @@ class Peaks:
     seconds_spent : float
         How long measuring took.
     notes : tuple of str
-        What makes the figures doubtful: a CPU that other programs used meanwhile.
+        What makes the figures doubtful: a CPU that other programs used meanwhile, a model that ran faster.
     """
 
     device: str
@@ -120,6 +131,72 @@ class Peaks:
                 break
             ceiling = level.bytes_per_second
         return ceiling
+
+    def merged(self, other: Peaks) -> Peaks:
+        """Return the better of two measurements of one device, figure by figure: on a shared machine both vary."""
+        copy = max(self.copy_bytes_per_second, other.copy_bytes_per_second)
+        read = max(self.read_bytes_per_second, other.read_bytes_per_second)
+        sizes = [level.working_set_bytes for level in self.by_working_set]
+        rates = self.flops_per_second | {
+            dtype: max(rate, self.flops_per_second.get(dtype, 0.0)) for dtype, rate in other.flops_per_second.items()
+        }
+        return dataclasses.replace(
+            self,
+            copy_bytes_per_second=copy,
+            read_bytes_per_second=read,
+            memory_bytes_per_second=max(self.memory_bytes_per_second, other.memory_bytes_per_second),
+            by_working_set=_envelope(sizes, [max(self.bandwidth(size), other.bandwidth(size)) for size in sizes]),
+            flops_per_second=rates,
+            op_overhead_seconds=min(self.op_overhead_seconds, other.op_overhead_seconds),
+            seconds_spent=self.seconds_spent + other.seconds_spent,
+            notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
+
+    def raised(self, dtype: str, seen: Sequence[Seen]) -> Peaks:
+        """Return ceilings that nothing in ``seen`` passes: whatever ran faster than a ceiling shows it was too low.
+
+        Parameters
+        ----------
+        dtype : str
+            Whose matrix-product rate ``seen`` counts towards.
+        seen : sequence of Seen
+        """
+        notes = list(self.notes)
+        rates = dict(self.flops_per_second)
+        fastest = max(seen, key=lambda run: run.flops / run.seconds, default=None)
+        if fastest is not None and dtype in rates and fastest.flops / fastest.seconds > rates[dtype]:
+            reached = fastest.flops / fastest.seconds
+            notes.append(
+                f"the {dtype} ceiling was raised from {rates[dtype]:.3g} to {reached:.3g} FLOP/s, "
+                f"at which {fastest.name} ran; the device was slower while its peaks were measured"
+            )
+            rates[dtype] = reached
+        faster = [run for run in seen if run.bytes > self.bandwidth(run.bytes) * run.seconds]
+        if faster:
+            notes.append(
+                f"the bandwidth ceilings were raised to what {len(faster)} kinds of ops reached, "
+                f"{faster[0].name} among them; the device was slower while its peaks were measured"
+            )
+        levels = [
+            WorkingSetBandwidth(
+                level.working_set_bytes,
+                max(
+                    [level.bytes_per_second, *(run.bytes / run.seconds for run in faster if self._level(run) >= index)]
+                ),
+            )
+            for index, level in enumerate(self.by_working_set)
+        ]
+        return dataclasses.replace(
+            self,
+            by_working_set=tuple(levels),
+            memory_bytes_per_second=levels[-1].bytes_per_second,
+            flops_per_second=rates,
+            notes=tuple(notes),
+        )
+
+    def _level(self, run: Seen) -> int:
+        """Return the index of the level that :meth:`bandwidth` takes for this run."""
+        return max(sum(level.working_set_bytes <= run.bytes for level in self.by_working_set) - 1, 0)
 
 
 def measure_peaks(

@@ -14,14 +14,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def tested_version(package: str) -> str:
+def pinned_version(package: str) -> str:
     found = re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert found
     return found.group(1)
 
 
 @pytest.mark.skipif(
-    any(importlib.metadata.version(name) != tested_version(name) for name in ("typer", "pydantic")),
+    any(importlib.metadata.version(name) != pinned_version(name) for name in ("typer", "pydantic")),
     reason="another typer or pydantic than the tested one words the generated files differently",
 )
 def test_generated_docs_are_up_to_date() -> None:

@@ -81,7 +81,8 @@ def _phase(phase: str, point: Report, intensity: Report, report: Report) -> str:
             f"launching ops, not the hardware, is the limit; {speed}."
         )
     if bound == "memory" and point.get("mbu") is not None:
-        reached = _of(ratio(point.get("bytes"), time), intensity.get("peak_bytes_per_second"), "B/s")
+        rate = ratio(point.get("bytes"), time)
+        reached = _of(rate, ratio(rate, point["mbu"]), "B/s")
         share = fmt.percent(point["mbu"])
         return f"{name} is memory-bound: {share} of this device's bandwidth reached{reached}, {speed}."
     if bound == "compute" and point.get("mfu") is not None:

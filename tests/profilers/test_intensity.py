@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -136,7 +137,24 @@ def test_time_mfu_and_mbu():
     assert point.time_seconds == 0.5
     assert point.time_reason is None
     assert point.mfu == pytest.approx(point.flops / 0.5 / 1e11)
-    assert point.mbu == pytest.approx(point.bytes / 0.5 / 2e10)
+    assert point.bytes < 1 << 30
+    assert point.mbu == pytest.approx(point.bytes / 0.5 / 8e10)  # the ceiling of what fits a cache
+
+
+def test_nothing_passes_a_ceiling_that_was_measured_too_low():
+    low = dataclasses.replace(
+        PEAKS,
+        memory_bytes_per_second=1.0,
+        by_working_set=(WorkingSetBandwidth(1, 2.0), WorkingSetBandwidth(1 << 30, 1.0)),
+        flops_per_second={"float32": 1.0},
+    )
+    context = _context(build("llama"), contexts=(64,), peaks=low, timings=FixedTimings(1e-3, 1e-4))
+    for point in run(context).points:
+        assert 0 < point.mfu <= 1 and 0 < point.mbu <= 1
+        assert all(op.attained_fraction <= 1 + 1e-9 for op in (*point.ops, *point.op_classes))
+    assert context.peaks.flops_per_second["float32"] > 1e6
+    assert context.peaks.memory_bytes_per_second == 1.0  # nothing as large as that ran
+    assert len(context.peaks.notes) == 2
 
 
 @pytest.mark.parametrize("share", [OVERHEAD_BELOW * 0.99, OVERHEAD_BELOW * 1.01])

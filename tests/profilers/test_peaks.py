@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from profilers import peaks
-from profilers.peaks import Peaks, WorkingSetBandwidth, last_level_cache_bytes, measure_peaks
+from profilers.peaks import Peaks, Seen, WorkingSetBandwidth, last_level_cache_bytes, measure_peaks
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -150,3 +150,41 @@ def test_cpu_time_of_others_leaves_out_ones_own(monkeypatch):
     use = peaks._OthersCpuUse()
     now[0], process.seconds = 10.0, 20.0  # half of the 40 CPU seconds that there were
     assert use.share() == pytest.approx(0.25)
+
+
+def _two_levels(rate, small, large):
+    return Peaks(
+        device="test",
+        copy_bytes_per_second=large,
+        read_bytes_per_second=large / 2,
+        memory_bytes_per_second=large,
+        by_working_set=(WorkingSetBandwidth(1000, small), WorkingSetBandwidth(100_000, large)),
+        flops_per_second={"float32": rate},
+        op_overhead_seconds=1e-6 * rate,
+        seconds_spent=1.0,
+    )
+
+
+def test_merging_keeps_the_better_figure_of_each():
+    merged = _two_levels(1.0, 40.0, 20.0).merged(_two_levels(2.0, 30.0, 25.0))
+    assert merged.flops_per_second == {"float32": 2.0}
+    assert [level.bytes_per_second for level in merged.by_working_set] == [40.0, 25.0]
+    assert (merged.memory_bytes_per_second, merged.copy_bytes_per_second) == (25.0, 25.0)
+    assert merged.op_overhead_seconds == 1e-6
+    assert merged.seconds_spent == 2.0
+
+
+def test_a_ceiling_that_something_passed_is_raised_to_it_and_says_so():
+    low = _two_levels(10.0, 40.0, 20.0)
+    same = low.raised("float32", [Seen("slow", 9, 2000, 50.0)])
+    assert same == low
+    raised = low.raised("float32", [Seen("fast", 50, 2000, 1.0), Seen("also fast", 30, 5, 1.0)])
+    assert raised.flops_per_second == {"float32": 50.0}
+    assert "from 10 to 50 FLOP/s" in raised.notes[0] and "fast" in raised.notes[0]
+    # 2,000 bytes in a second lie in the level of 1,000 bytes; main memory has shown nothing.
+    assert [level.bytes_per_second for level in raised.by_working_set] == [2000.0, 20.0]
+    assert raised.memory_bytes_per_second == 20.0
+    assert raised.bandwidth(2000) == 2000.0
+    huge = low.raised("float32", [Seen("huge", 0, 200_000, 1000.0)])
+    assert huge.memory_bytes_per_second == 200.0
+    assert [level.bytes_per_second for level in huge.by_working_set] == [200.0, 200.0]

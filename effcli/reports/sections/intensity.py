@@ -190,7 +190,14 @@ def _op_classes(point: Report) -> Table:
         for op in classes
     )
     heads = columns("<op class", "calls", "FLOP", "bytes", "measured", "roofline", "of roof", "<bound")
-    return Table(f"Where {point.get('phase')} time goes, {where(point)}", heads, rows)
+    measured = sum(op.get("measured_seconds") or 0.0 for op in classes)
+    notes: tuple[str, ...] = ()
+    if measured:
+        notes = (
+            f"Ops were timed one at a time, which adds to each: together {fmt.seconds(measured)}, "
+            f"the phase untraced {fmt.seconds(point.get('time_seconds'))}.",
+        )
+    return Table(f"Where {point.get('phase')} time goes, {where(point)}", heads, rows, notes)
 
 
 def _modules(point: Report) -> Table:

@@ -90,4 +90,4 @@ def _peaks(info: Report, peaks: Report | None) -> Table:
         rows.append((f"matrix product, {printable(dtype)}", fmt.flop_rate(rate)))
     if peaks.get("op_overhead_seconds") is not None:
         rows.append(("one empty op", fmt.seconds(peaks["op_overhead_seconds"])))
-    return Table(title, heads, tuple(rows))
+    return Table(title, heads, tuple(rows), unique(printable(note) for note in peaks.get("notes") or []))
