@@ -44,8 +44,10 @@ GEMV_COLUMNS = 2048
 BANDWIDTH_SECONDS = 0.008
 """Timed for each candidate op at each working set, beyond the first run."""
 MINIMUM_ROUNDS = 2
-GEMM_SECONDS = 1.0
+GEMM_SECONDS = 2.0
 """Spent on matrix products, all dtypes together."""
+GEMM_ROUNDS = 2
+"""Times that all shapes are tried: a shared machine can be slow for some tenths of a second."""
 GEMM_SHAPES = (
     # (tokens, inputs, outputs) of a linear layer, fewest FLOPs first
     (256, 256, 256),
@@ -208,7 +210,7 @@ def measure_peaks(
 ) -> Peaks:
     """Measure this device's ceilings.
 
-    Every figure is the best of several runs and of several ops: a ceiling, not a typical value. It takes about three
+    Every figure is the best of several runs and of several ops: a ceiling, not a typical value. It takes about four
     seconds on a CPU whatever the CPU, because slow products stop the search early.
 
     Parameters
@@ -243,7 +245,9 @@ def measure_peaks(
         del buffer
         flops = {}
         for dtype in supported:
-            flops[str(dtype).removeprefix("torch.")] = _gemm_rate(stopwatch, dtype, GEMM_SECONDS / len(supported))
+            seconds = GEMM_SECONDS / len(supported) / GEMM_ROUNDS
+            rates = [_gemm_rate(stopwatch, dtype, seconds) for _ in range(GEMM_ROUNDS)]
+            flops[str(dtype).removeprefix("torch.")] = max(rates)
             task.advance()
     memory = max(copies[-1], reads[-1])
     best = [max(at_size) for at_size in zip(copies[:-1], reads[:-1], adds, strict=True)]

@@ -75,10 +75,10 @@ def _phase(phase: str, point: Report, intensity: Report, report: Report) -> str:
     if bound == "overhead":
         explained = ratio(attainable, time)
         if explained is None:
-            return f"{name} is overhead-bound: launching ops, not the hardware, is the limit; {speed}."
+            return f"{name} is overhead-bound: launching ops and kernels below their roofline take the time; {speed}."
         return (
             f"{name} is overhead-bound: the roofline explains only {fmt.percent(explained)} of the measured time; "
-            f"launching ops, not the hardware, is the limit; {speed}."
+            f"the rest goes to launching ops and to kernels below their roofline; {speed}."
         )
     if bound == "memory" and point.get("mbu") is not None:
         rate = ratio(point.get("bytes"), time)

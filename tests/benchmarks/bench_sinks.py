@@ -23,13 +23,13 @@ MMAP_THRESHOLD_BYTES = 1 << 20
 TIME_LIMIT, MEMORY_LIMIT, ALPHA_LIMIT = 1.15, 1.10, 1e-4
 
 
-def load(folder: str, implementation: str = "sdpa") -> Any:
-    """Load the model in its stored dtype, without a progress bar."""
+def load(folder: str, implementation: str = "sdpa", dtype: str = "auto") -> Any:
+    """Load the model, in its stored dtype unless told otherwise, without a progress bar."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=implementation).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation).eval()
 
 
 def tokens(folder: str, length: int) -> Any:
@@ -123,15 +123,15 @@ def peak_of(name: str, folder: str, context: int) -> dict[str, int]:
 
 
 def bench_exactness(folder: str) -> dict[str, object]:
-    """Compare alpha_1 of every head with the full attention matrices of transformers' eager attention."""
+    """Compare alpha_1 of every head, in float32, with the full matrices of transformers' eager attention."""
     import torch
 
     from profilers.sinks import sink_alphas
 
     ids = tokens(folder, EXACTNESS_CONTEXT)
-    measured = sink_alphas(load(folder), ids)
+    measured = sink_alphas(load(folder, dtype="float32"), ids)
     with torch.no_grad():
-        matrices = load(folder, "eager")(ids, use_cache=False, output_attentions=True).attentions
+        matrices = load(folder, "eager", "float32")(ids, use_cache=False, output_attentions=True).attentions
     worst = max(
         (alpha.double() - weights[..., 0].double().mean(dim=-1)).abs().max().item()
         for alpha, weights in zip(measured, matrices, strict=True)

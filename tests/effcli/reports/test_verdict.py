@@ -48,7 +48,7 @@ def test_batches_count_in_the_rate() -> None:
 def test_overhead_bound_says_what_the_roofline_explains() -> None:
     sentences = verdict(with_decode(bound="overhead", time_seconds=0.1, attainable_seconds=0.012))
     assert sentences[0].startswith(
-        "Decode is overhead-bound: the roofline explains only 12 % of the measured time; launching ops, not the "
+        "Decode is overhead-bound: the roofline explains only 12 % of the measured time; the rest goes to "
     )
     assert any("larger batch" in sentence for sentence in sentences[1:])
     assert not any("weights in fewer bits" in sentence for sentence in sentences)
