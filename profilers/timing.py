@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from profilers.base import DoesNotFitError, NotApplicableError, ProfilerError
+from profilers.cache_prediction import predict_cache_bytes
 from profilers.device import memory_available_bytes, synchronize, track_peak_memory
-from profilers.kv_cache import predict_cache_bytes
 from profilers.phases import PhaseState, check_context, context_limit, decode_step, prefill, token_ids
 
 if TYPE_CHECKING:

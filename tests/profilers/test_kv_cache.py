@@ -1,39 +1,18 @@
-import gc
-
 import pytest
 import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV4Config,
-    DynamicCache,
     FalconConfig,
     GlmMoeDsaConfig,
     LlamaConfig,
     MixtralConfig,
-    StaticCache,
-    cache_utils,
 )
-from transformers.cache_utils import DynamicLayer
 
-from profilers.base import (
-    DoesNotFitError,
-    NotApplicableError,
-    ProfileContext,
-    ProfileRequest,
-    ProfilerError,
-)
-from profilers.kv_cache import (
-    PROFILER,
-    _fit,
-    _Predictor,
-    cache_bytes,
-    cache_layers,
-    measure_cache,
-    measure_kv,
-    predict_cache_bytes,
-)
+from profilers.base import DoesNotFitError, ProfileContext, ProfileRequest, ProfilerError
+from profilers.cache_prediction import Predictor
+from profilers.kv_cache import PROFILER, measure_kv, predict_cache_bytes
 from profilers.meta import meta_model
-from tests import tiny_models
 from tests.tiny_models import CONFIGS, WINDOW, build
 
 BF16 = torch.bfloat16
@@ -45,18 +24,7 @@ def config_only(config, **options):
     return measure_kv(meta_model(config, BF16), device=CPU, **options)
 
 
-# --- predicted equals measured --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_predicted_equals_measured_to_the_byte(name):
-    model = build(name)
-    predict = _Predictor(meta_model(model.config, torch.float32))
-    for batch, context in [(1, 1), (2, 2), (3, WINDOW - 1), (1, WINDOW), (2, WINDOW + 1), (2, 3 * WINDOW + 5)]:
-        predicted, measured = predict(batch, context), measure_cache(model, batch, context)
-        assert measured.bytes > 0
-        assert (predicted.bytes, predicted.prefill_bytes) == (measured.bytes, measured.prefill_bytes), (batch, context)
-        assert predicted.layers == measured.layers
+# --- every architecture ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -74,23 +42,6 @@ def test_result_of_every_architecture(name):
     own = [layer for layer in result.layers if layer.kind != "cross"]
     assert sum(layer.bytes_per_token for layer in own) == result.bytes_per_token
     assert sum(layer.fixed_bytes for layer in own) == result.fixed_bytes
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_law_agrees_with_running_the_size_itself(name):
-    model = meta_model(CONFIGS[name](), BF16)
-    predict = _Predictor(model)
-    law = _fit(predict)
-    assert law.covers(211)
-    exact = _Predictor(model)(3, 211)
-    assert 3 * law.bytes(211) == exact.bytes
-    assert 3 * law.prefill_bytes(211) == exact.prefill_bytes
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "jamba", "deepseek_v3", "t5"])
-def test_remembered_shapes_change_nothing(name):
-    model = meta_model(CONFIGS[name](), BF16)
-    assert _Predictor(model)(2, 21) == measure_cache(model, 2, 21)
 
 
 def test_a_live_model_is_left_as_it_was():
@@ -250,108 +201,8 @@ def test_cache_that_grows_in_chunks():
     result = measure_kv(model, contexts=(777, 4096), device=CPU)
     assert {layer.kind for layer in result.layers} == {"compressed"}
     assert [point.predicted_bytes for point in result.points] == [
-        _Predictor(model)(1, context).bytes for context in (777, 4096)
+        Predictor(model)(1, context).bytes for context in (777, 4096)
     ]
-
-
-# --- what is counted, and what is refused ---------------------------------------------------------------------------
-
-
-def test_bytes_of_a_cache_by_hand():
-    model = build("qwen3")
-    cache = model(torch.zeros(2, 11, dtype=torch.long)).past_key_values
-    assert cache_bytes(cache) == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    cache.layers[0].values = cache.layers[0].keys  # shared storage is held once
-    assert cache_bytes(cache) == 3 * cache.layers[0].keys.nbytes
-    cache.layers[1].keys = cache.layers[1].keys[:, :, -1:]  # a view holds all of its storage
-    assert cache_bytes(cache) == 3 * cache.layers[0].keys.nbytes
-
-
-def test_static_cache_holds_its_full_length():
-    model = build("qwen3")
-    cache = StaticCache(config=model.config, max_cache_len=50)
-    model(torch.zeros(1, 3, dtype=torch.long), past_key_values=cache)
-    assert cache_bytes(cache) == kv_bytes(model.config, 2, 50)
-
-
-class HomeMadeLayer(DynamicLayer):
-    pass
-
-
-class HomeMadeCache(DynamicCache):
-    pass
-
-
-def test_unknown_layer_class_is_refused_by_name():
-    cache = DynamicCache()
-    cache.layers.extend([DynamicLayer(), HomeMadeLayer()])
-    with pytest.raises(NotApplicableError, match="layer 1 .*'HomeMadeLayer'"):
-        cache_layers(cache)
-
-
-def test_unknown_cache_class_is_refused_by_name():
-    with pytest.raises(NotApplicableError, match="'HomeMadeCache'"):
-        cache_bytes(HomeMadeCache())
-    with pytest.raises(NotApplicableError, match="'tuple'"):
-        cache_bytes((torch.zeros(1), torch.zeros(1)))
-
-
-def test_anything_that_could_hide_bytes_is_refused():
-    cache = DynamicCache()
-    cache.layers.append(DynamicLayer())
-    cache.layers[0].codebook = object()
-    with pytest.raises(NotApplicableError, match="layer 0 .*'codebook'.*'object'"):
-        cache_bytes(cache)
-    outside = DynamicCache()
-    outside.scales = [torch.zeros(3)]
-    with pytest.raises(NotApplicableError, match="'DynamicCache'.*'scales'"):
-        cache_bytes(outside)
-
-
-def test_model_whose_cache_is_unknown_is_refused(monkeypatch):
-    model = build("llama")
-
-    def forward(*args, past_key_values=None, _original=model.forward, **kwargs):
-        return _original(*args, past_key_values=past_key_values or HomeMadeCache(), **kwargs)
-
-    monkeypatch.setattr(model, "forward", forward)
-    with pytest.raises(NotApplicableError, match="HomeMadeCache"):
-        measure_cache(model, 1, 4)
-
-
-def test_model_without_a_visible_cache_is_refused(monkeypatch):
-    model = build("llama")
-    original = model.forward
-
-    def forward(*args, **kwargs):
-        output = original(*args, **kwargs)
-        output.past_key_values = None
-        return output
-
-    monkeypatch.setattr(model, "forward", forward)
-    with pytest.raises(NotApplicableError, match="LlamaForCausalLM.*no cache"):
-        measure_cache(model, 1, 4)
-
-
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        (lambda batch, tokens: batch * tokens**2, r"with the context: layer 0 \(Odd\) holds"),
-        (lambda batch, tokens: batch**2 * tokens, "with the batch"),
-    ],
-    ids=["context", "batch"],
-)
-def test_cache_that_is_not_linear_is_refused(monkeypatch, size, message):
-    class Odd(DynamicLayer):
-        def update(self, key_states, value_states, *args, **kwargs):
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
-            self.extra = torch.empty(size(keys.shape[0], keys.shape[-2]), device=keys.device)
-            return keys, values
-
-    Odd.__module__ = "transformers.testing"  # as if it were shipped
-    monkeypatch.setitem(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", Odd)
-    with pytest.raises(ProfilerError, match=f"does not grow linearly {message}"):
-        config_only(CONFIGS["llama"](), contexts=(16,))
 
 
 # --- points, memory and what fits -----------------------------------------------------------------------------------
@@ -461,14 +312,3 @@ def test_405b_shape_is_counted_without_memory():
     result = config_only(config, batches=(1, 8))
     assert result.bytes_per_token == 126 * 2 * 8 * 128 * 2
     assert result.points[-1].predicted_bytes == 8 * 131072 * 126 * 2 * 8 * 128 * 2
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
-def test_allocator_on_cuda(name):
-    model = tiny_models.build(name, dtype=BF16).to("cuda")
-    gc.collect()
-    measured = measure_cache(model, 2, 64)
-    assert measured.bytes == predict_cache_bytes(model.config, 2, 64, BF16)
-    blocks = 2 * len(measured.layers)
-    assert 0 <= measured.allocator_bytes - measured.bytes <= blocks * 512
