@@ -141,6 +141,28 @@ def decode_step(
     return _forward(model, inputs)
 
 
+@torch.no_grad()
+def forward_without_cache(model: PreTrainedModel, input_ids: torch.Tensor, encoder_ids: torch.Tensor) -> None:
+    """Run the model over whole sequences for whoever watches it; no cache is kept and no output returned.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    input_ids : torch.Tensor
+        Shape (batch, tokens), on any device; what the decoder reads.
+    encoder_ids : torch.Tensor
+        What the encoder of an encoder-decoder reads; not used otherwise.
+    """
+    device = model.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves the inputs
+    input_ids = input_ids.to(device)
+    if model.config.is_encoder_decoder:
+        model(input_ids=encoder_ids.to(device), decoder_input_ids=input_ids, use_cache=False)
+        return
+    head: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model.__class__) else {}
+    model(input_ids=input_ids, use_cache=False, **head)
+
+
 @functools.cache
 def _forward_parameters(model_class: type[Any]) -> frozenset[str]:
     """Names that the forward takes; looked up once, since asking costs as much as several ops of a decode step."""

@@ -19,22 +19,33 @@ In a notebook::
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import re
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from profilers.activations import Activations, MassiveActivation, PerturbationSpread, measure_activations
 from profilers.attention_capture import AttentionCall, decoder_layers, observe_attention
 from profilers.base import ProfileContext, Profiler, ProfilerError, Progress, SilentProgress
-from profilers.text import TokenStream, token_stream
+from profilers.phases import check_context, context_limit, forward_without_cache
+from profilers.text import token_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "PROFILER",
+    "MassiveActivation",
+    "PerturbationSpread",
+    "SinkPoint",
+    "SinkPosition",
+    "SinksResult",
+    "measure_sinks",
+    "run",
+    "sink_alphas",
+]
 
 DEFAULT_CONTEXT = 64
 """Tokens in a sequence, special tokens included, as in the public code of Gu et al. 2025."""
@@ -62,12 +73,6 @@ POSITION_ROWS = 32
 
 DETAIL_SEQUENCES = 4
 """Sequences for massive activations and perturbation spread."""
-
-MASSIVE_THRESHOLD = 100.0
-"""Least |a| of a massive activation (Sun et al. 2024, section 2)."""
-
-MASSIVE_RATIO = 1_000.0
-"""Least |a| over the median |a| of the same hidden state (Sun et al. 2024, section 2)."""
 
 MASSIVE_LISTED = 20
 """Largest massive activations that are listed; all are counted."""
@@ -105,34 +110,6 @@ class SinkPoint:
     positions_reason: str | None
     value_norm_ratio: tuple[float | None, ...]  # by layer: norm of the first token's value / median norm
     uniform_alpha: float  # H_T / T: what uniform causal attention would give
-
-
-@dataclass(frozen=True)
-class MassiveActivation:
-    """A hidden-state entry with |a| > 100 and |a| > 1000 x the median."""
-
-    layer: int
-    position: int  # 1-based
-    token: str
-    dimension: int
-    value: float
-    ratio_to_median: float
-    bos: bool
-
-
-@dataclass(frozen=True)
-class PerturbationSpread:
-    """How far the representation moves when one token is changed.
-
-    ``relative_change[layer][position]`` is |h' - h| / |h|, averaged over sequences.
-    """
-
-    bos: bool
-    context: int
-    changed_position: int  # 1-based
-    sequences: int
-    relative_change: tuple[tuple[float, ...], ...]
-    mean_by_layer: tuple[float, ...]  # over the positions at and after the changed one
 
 
 @dataclass(frozen=True)
@@ -229,7 +206,7 @@ def measure_sinks(
     batches = {length: _batches(_sequence_count(sequences, length), length) for length in contexts}
     forwards = len(kinds) * ((sum(map(len, batches.values())) if applicable else 0) + 1)
     points: list[SinkPoint] = []
-    details: list[_Details] = []
+    details: list[Activations] = []
     with (progress or SilentProgress()).task("Attention sinks", total=forwards) as task:
         for length in contexts:
             for with_bos in kinds:
@@ -242,19 +219,11 @@ def measure_sinks(
                         tally.add(_measure(model, ids, windows[batch], positions=measure_positions))
                         task.advance()
                 points.append(tally.point(with_bos, measure_positions))
-        length = min(DEFAULT_CONTEXT, _context_limit(model) or DEFAULT_CONTEXT, stream.ids.numel())
+        length = min(DEFAULT_CONTEXT, context_limit(model.config) or DEFAULT_CONTEXT, stream.ids.numel())
+        windows = stream.windows(min(DETAIL_SEQUENCES, sequences), length)
         for with_bos in kinds:
-            details.append(
-                _measure_details(
-                    model,
-                    tokenizer,
-                    stream,
-                    length,
-                    min(DETAIL_SEQUENCES, sequences),
-                    bos_token if with_bos else None,
-                    seed,
-                )
-            )
+            ids = _with_bos(windows, bos_token if with_bos else None)
+            details.append(measure_activations(model, tokenizer, stream, ids, windows, bos=with_bos, seed=seed))
             task.advance()
     massive = sorted((found for detail in details for found in detail.massive), key=lambda found: -abs(found.value))
     return SinksResult(
@@ -323,7 +292,7 @@ def _measure(
         calls.setdefault(layer, {}).setdefault(call.name, []).append(sinks)
 
     with observe_attention(model, collect):
-        _forward(model, input_ids, encoder_ids)
+        forward_without_cache(model, input_ids, encoder_ids)
     merged = tuple(_merge(calls[layer]) if layer in calls else None for layer in range(len(stack)))
     for layer, sinks in enumerate(merged):
         if sinks is not None and not torch.isfinite(sinks.alpha).all():
@@ -372,19 +341,6 @@ def _value_ratio(value: torch.Tensor) -> torch.Tensor:
     median = (ordered[..., (length - 1) // 2] + ordered[..., length // 2]) / 2
     ratio: torch.Tensor = (norms[..., 0] / median).mean(dim=-1)
     return ratio
-
-
-@torch.no_grad()
-def _forward(model: PreTrainedModel, input_ids: torch.Tensor, encoder_ids: torch.Tensor) -> None:
-    device = model.get_input_embeddings().weight.device
-    device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves the inputs
-    input_ids = input_ids.to(device)
-    if model.config.is_encoder_decoder:
-        model(input_ids=encoder_ids.to(device), decoder_input_ids=input_ids, use_cache=False)
-        return
-    accepted = inspect.signature(model.forward).parameters
-    head: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    model(input_ids=input_ids, use_cache=False, **head)
 
 
 def _index_in(prefix: str, name: str) -> int | None:
@@ -461,116 +417,6 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and abs(value) < float("inf") else None
 
 
-# --- massive activations and perturbation ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Details:
-    massive: tuple[MassiveActivation, ...]
-    perturbation: PerturbationSpread
-
-
-def _measure_details(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    stream: TokenStream,
-    length: int,
-    sequences: int,
-    bos_token: int | None,
-    seed: int,
-) -> _Details:
-    """Run sequences beside copies with one token changed; read both from the decoder layers' outputs."""
-    windows = stream.windows(sequences, length)
-    original = _with_bos(windows, bos_token)
-    changed_index = length // 2
-    changed = _change_token(original, changed_index, stream, _text_config(model).vocab_size, seed)
-    massive: dict[tuple[int, int, int, int], MassiveActivation] = {}
-    spread: dict[int, list[float]] = {}
-
-    def read(layer: int, hidden: torch.Tensor) -> None:
-        before, after = hidden.float().chunk(2)  # (sequences, T, width) each
-        tiny = torch.finfo(torch.float32).tiny
-        change = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(tiny)
-        spread[layer] = change.mean(dim=0).tolist()
-        for sequence, state in enumerate(before):
-            for position, dimension, value, ratio in _massive_entries(state):
-                token = int(original[sequence, position])
-                known = massive.get((layer, position, dimension, token))
-                if known is None or abs(value) > abs(known.value):
-                    massive[layer, position, dimension, token] = MassiveActivation(
-                        layer=layer,
-                        position=position + 1,
-                        token=str(token) if tokenizer is None else tokenizer.decode([token]),
-                        dimension=dimension,
-                        value=value,
-                        ratio_to_median=ratio,
-                        bos=bos_token is not None,
-                    )
-
-    with _decoder_outputs(model, read):
-        _forward(model, torch.cat([original, changed]), torch.cat([windows, windows]))
-    relative_change = tuple(tuple(spread[layer]) for layer in sorted(spread))
-    return _Details(
-        massive=tuple(massive.values()),
-        perturbation=PerturbationSpread(
-            bos=bos_token is not None,
-            context=length,
-            changed_position=changed_index + 1,
-            sequences=sequences,
-            relative_change=relative_change,
-            mean_by_layer=tuple(statistics.fmean(change[changed_index:]) for change in relative_change),
-        ),
-    )
-
-
-def _massive_entries(state: torch.Tensor) -> list[tuple[int, int, float, float]]:
-    """List (position, dimension, value, |value| / median) of the massive entries of a hidden state (T, width)."""
-    magnitudes = state.abs()
-    large = (magnitudes > MASSIVE_THRESHOLD).nonzero().tolist()
-    if not large:
-        return []
-    median = magnitudes.median().item()
-    return [
-        (position, dimension, state[position, dimension].item(), magnitudes[position, dimension].item() / median)
-        for position, dimension in large
-        if median > 0 and magnitudes[position, dimension].item() > MASSIVE_RATIO * median
-    ]
-
-
-def _change_token(ids: torch.Tensor, index: int, stream: TokenStream, vocabulary_size: int, seed: int) -> torch.Tensor:
-    """Replace the token at ``index`` of each sequence by another token of the text."""
-    candidates = torch.unique(stream.ids)
-    generator = torch.Generator().manual_seed(seed)
-    changed = ids.clone()
-    for row in changed:
-        others = candidates[candidates != row[index]]
-        if others.numel():
-            row[index] = others[torch.randint(others.numel(), (1,), generator=generator)].item()
-        else:
-            row[index] = (row[index] + 1) % vocabulary_size
-    return changed
-
-
-@contextlib.contextmanager
-def _decoder_outputs(model: PreTrainedModel, read: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Call ``read`` with each decoder layer's index and output hidden states, shape (B, T, width)."""
-    handles = []
-
-    def watch(index: int, layer: torch.nn.Module) -> None:
-        def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-            read(index, output[0] if isinstance(output, tuple) else output)
-
-        handles.append(layer.register_forward_hook(hook))
-
-    try:
-        for index, layer in enumerate(decoder_layers(model)[1]):
-            watch(index, layer)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 # --- what can be measured -------------------------------------------------------------------------------------------
 
 
@@ -610,23 +456,14 @@ def _check(model: PreTrainedModel, contexts: Sequence[int], sequences: int, epsi
     for epsilon in epsilons:
         if not 0 < epsilon < 1:
             raise ProfilerError(f"epsilon {epsilon:g} is not a share of attention; give a number between 0 and 1")
-    limit = _context_limit(model)
     for length in contexts:
         if length < 2:
             raise ProfilerError(f"a context of {length} has no query besides the first; give 2 or more")
-        if limit is not None and length > limit:
-            raise ProfilerError(
-                f"context {length} is past the model's limit of {limit} tokens; give a shorter --context"
-            )
+        check_context(model.config, length)
 
 
 def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
-
-
-def _context_limit(model: PreTrainedModel) -> int | None:
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _bos_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int | None, str | None]:
