@@ -31,29 +31,6 @@ def attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return 2 * query.numel() * key.shape[-2] + 2 * math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
 
 
-def causal_pairs(queries: int, keys: int, window: int | None = None) -> int:
-    """Return how many (query, key) pairs a causal mask lets through, the last query seeing the last key.
-
-    Query i stands at position p = keys - queries + i and sees the keys max(0, p - window + 1) .. p.
-
-    Parameters
-    ----------
-    queries, keys : int
-    window : int or None
-        Sliding window, the query's own position included; ``None``: no window.
-    """
-    window = keys if window is None else window
-    first = max(0, keys - queries + 1)  # keys that the first query with any sees, before the window
-    shrinking = max(0, min(keys, window) - first + 1)  # queries that the window does not cut
-    return shrinking * (2 * first + shrinking - 1) // 2 + (keys - first + 1 - shrinking) * window
-
-
-def upper_left_causal_pairs(queries: int, keys: int) -> int:
-    """Return the pairs that ``is_causal=True`` lets through in torch's fused attention: query i sees keys 0..i."""
-    ramp = min(queries, keys)
-    return ramp * (ramp + 1) // 2 + (queries - ramp) * keys
-
-
 def _by_inner_dimension(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """``args[0]`` (..., k) times a matrix with k rows, packed or not: 2 k for each output element."""
     return 2 * int(out.numel()) * int(args[0].shape[-1])

@@ -124,11 +124,6 @@ def _op_class(op: torch._ops.OpOverload, name: str) -> str:
     return "other"
 
 
-def address_of(tensor: torch.Tensor) -> int:
-    """Return what tells one storage from another, also on meta where data pointers are all 0."""
-    return int(tensor.untyped_storage()._cdata)
-
-
 def footprint(tensor: torch.Tensor) -> int:
     """Return the bytes of memory that the tensor's elements lie in: an expanded dimension counts once."""
     if tensor.is_contiguous():

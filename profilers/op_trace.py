@@ -15,7 +15,6 @@ T x T tensor is formed for fused attention. When the block ends, the model and `
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,17 +25,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from profilers.flop_formulas import attention_flops, causal_pairs, upper_left_causal_pairs
+from profilers.attention_pairs import causal_pairs, sliding_window, upper_left_causal_pairs, visible_pairs
+from profilers.cache_watch import held_by, watch_caches
+from profilers.flop_formulas import attention_flops
 from profilers.meta import meta_compatible
-from profilers.op_rules import OpRule, address_of, footprint, selected_bytes, tensors_in
+from profilers.op_rules import OpRule, footprint, selected_bytes, tensors_in
+from profilers.storages import address_of, weak_storage
 
 ROOT = "(model)"
 CACHE_UPDATE = "cache update"
-
-_CACHE_METHODS = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
-
-# A float mask lets a pair through unless it adds about -inf: transformers writes finfo.min, or adds a bias to it.
-_MASKED_FRACTION_OF_MIN = 0.5
 
 _INDEX_PUT_VALUES = 2  # position of the values among the arguments of index_put_
 
@@ -150,7 +147,7 @@ class OpTracer:
         self._names = {id(module): name for name, module in model.named_modules() if name}
         self._weights = {address_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._kv: dict[int, StorageWeakRef] = {}
-        for tensor in _held_by(cache):
+        for tensor in held_by(cache):
             self._hold_as_kv(tensor)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._clock = _Clock(device) if timed and device.type != "meta" else None
@@ -185,7 +182,7 @@ class OpTracer:
             )
             for handle in handles:
                 stack.callback(handle.remove)
-            stack.enter_context(_watch_caches(self))
+            stack.enter_context(watch_caches(self.run_update))
             stack.enter_context(meta_compatible())
             stack.enter_context(_Mode(self))
             self._stack = stack.pop_all()
@@ -233,7 +230,7 @@ class OpTracer:
 
     def _hold_as_kv(self, tensor: torch.Tensor) -> None:
         # A weak reference keeps the address from being given to another storage while the data itself is freed.
-        self._kv[address_of(tensor)] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._kv[address_of(tensor)] = weak_storage(tensor)
 
     def run_update(self, cache: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a cache's update: reading and writing the new entries counts, what else it moves is kept apart."""
@@ -248,7 +245,7 @@ class OpTracer:
             self._update = None
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         index = kwargs.get("layer_idx", next((value for value in args if isinstance(value, int)), None))
-        for tensor in _held_by(cache.layers[index] if isinstance(index, int) else cache):
+        for tensor in held_by(cache.layers[index] if isinstance(index, int) else cache):
             self._hold_as_kv(tensor)
         addresses = {address_of(tensor) for tensor in given}
         for tensor in output if isinstance(output, tuple) else (output,):
@@ -397,9 +394,7 @@ class OpTracer:
         """Count what a mask lets through; layers share a mask, so each is counted once."""
         place = (address_of(mask), mask.storage_offset(), tuple(mask.shape), mask.stride())
         if place not in self._pairs:
-            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min * _MASKED_FRACTION_OF_MIN
-            held = StorageWeakRef(mask.untyped_storage())  # type: ignore[no-untyped-call]
-            self._pairs[place] = (held, int(allowed.sum().item()))
+            self._pairs[place] = (weak_storage(mask), visible_pairs(mask))
         return self._pairs[place][1]
 
     def _pairs_by_structure(self, queries: int, keys: int) -> int:
@@ -407,7 +402,7 @@ class OpTracer:
         if queries == 1:
             return keys  # a growing cache holds only what the newest token may see
         module = next((frame.module for frame in reversed(self._frames) if hasattr(frame.module, "is_causal")), None)
-        window = None if module is None else _window(module)
+        window = None if module is None else sliding_window(module)
         if module is None or window is NotImplemented or (window is not None and not module.is_causal):
             self._notes["flops_needed: a mask without values and of unknown structure, counted as executed"] = None
             return queries * keys
@@ -465,68 +460,6 @@ class _Clock:
     def finish(self) -> None:
         if self._cuda:
             torch.cuda.synchronize(self._device)
-
-
-@contextlib.contextmanager
-def _watch_caches(tracer: OpTracer) -> Iterator[None]:
-    """Route the updates of every transformers cache through ``tracer`` inside this block."""
-    from transformers.cache_utils import Cache
-
-    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def update(cache: Any, *args: Any, **kwargs: Any) -> Any:
-            return tracer.run_update(cache, method, args, kwargs)
-
-        return update
-
-    with contextlib.ExitStack() as stack:
-        for owner in _subclasses(Cache):
-            for name in _CACHE_METHODS:
-                if name in vars(owner):
-                    original = vars(owner)[name]
-                    setattr(owner, name, watched(original))
-                    stack.callback(setattr, owner, name, original)
-        yield
-
-
-def _subclasses(root: type) -> Iterator[type]:
-    yield root
-    child: type
-    for child in root.__subclasses__():
-        yield from _subclasses(child)
-
-
-def _held_by(cache: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors that a cache, or one layer of it, holds; single numbers (lengths, positions) are not KV."""
-    if isinstance(cache, torch.Tensor):
-        if cache.numel() > 1:
-            yield cache
-    elif isinstance(cache, dict):
-        for value in cache.values():
-            yield from _held_by(value)
-    elif isinstance(cache, (list, tuple)):
-        for value in cache:
-            yield from _held_by(value)
-    elif type(cache).__module__.startswith("transformers.") and hasattr(cache, "__dict__"):
-        yield from _held_by(vars(cache))
-
-
-def _window(module: Any) -> Any:
-    """Sliding window of an attention module: an int, ``None`` for none, ``NotImplemented`` where it cannot be told."""
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window
-    config: Any = getattr(module, "config", None)
-    index = getattr(module, "layer_idx", None)
-    types = getattr(config, "layer_types", None)
-    if config is None:
-        return NotImplemented
-    if types is not None and isinstance(index, int):
-        if types[index] == "full_attention":
-            return None
-        return config.sliding_window if types[index] == "sliding_attention" else NotImplemented
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return NotImplemented
-    return getattr(config, "sliding_window", None)
 
 
 def _folded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
