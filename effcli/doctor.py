@@ -163,7 +163,7 @@ def examine(measure_peaks: bool = True, progress: Progress | None = None) -> Dia
     import torch
     from huggingface_hub import constants
 
-    from effcli.loading import choose_device
+    from effcli.devices import choose_device
 
     chosen, device_reason = choose_device("auto")
     devices = tuple(
@@ -214,7 +214,7 @@ def _devices() -> list[torch.device]:
 def _device_facts(device: torch.device, *, chosen: bool, measure_peaks: bool, progress: Progress | None) -> DeviceFacts:
     import torch
 
-    from effcli.loading import native_dtypes
+    from effcli.devices import native_dtypes
     from profilers import device as devices
     from profilers import peaks
     from profilers.base import ProfilerError

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
 from effcli import loading, sources
 from effcli.errors import BadInputError, EffcliError, NoRoomError, SourceError
@@ -211,27 +211,6 @@ def test_spread_over_devices(monkeypatch):
         loading._placement("x", 101, CPU)
 
 
-def test_device_auto_says_why():
-    device, reason = loading.choose_device("auto")
-    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert torch.cuda.is_available() or torch.__version__ in reason
-    assert loading.choose_device("cpu") == (CPU, "asked for")
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("gpu", "auto, cpu"), ("cup", "did you mean 'cpu'"), ("cuda:99", "cuda:99")]
-)
-def test_unknown_device(name, said):
-    with pytest.raises(BadInputError, match=said):
-        loading.choose_device(name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
-def test_cuda_without_a_gpu_says_what_torch_is():
-    with pytest.raises(BadInputError, match=torch.__version__.replace("+", r"\+")):
-        loading.choose_device("cuda")
-
-
 def test_unknown_dtype(folder):
     assert "did you mean 'bfloat16'" in refusal(folder, BadInputError, dtype="bfloat61")
 
@@ -241,44 +220,6 @@ def test_dtype_asked_for(folder, name, expected):
     loaded = load(folder, dtype=name)
     assert loaded.dtype == loaded.model.dtype == expected
     assert loaded.dtype_reason == "asked for"
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_dtype_auto(monkeypatch, native):
-    types = (torch.float32, torch.bfloat16) if native else (torch.float32,)
-    monkeypatch.setattr(loading, "native_dtypes", lambda device: types)
-    best = torch.bfloat16 if native else torch.float32
-    config = AutoConfig.for_model("llama", dtype="bfloat16")
-    assert loading.choose_dtype("auto", config, CPU)[0] == best
-    config.dtype = torch.float32
-    assert loading.choose_dtype("auto", config, CPU)[0] == torch.float32
-    config.dtype = torch.float16
-    assert loading.choose_dtype("auto", config, CPU)[0] == torch.float32
-    config.dtype = None
-    assert loading.choose_dtype("auto", config, CPU, stored="bfloat16")[0] == best
-    assert loading.choose_dtype("auto", config, CPU)[0] == torch.float32
-    dtype, reason = loading.choose_dtype("auto", config, CPU, dequantized_from="Q4_K")
-    assert dtype == best
-    assert "Q4_K" in reason
-
-
-@pytest.mark.parametrize(("capability", "native"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
-def test_native_dtypes_of_a_gpu(monkeypatch, capability, native):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = loading.native_dtypes(torch.device("cuda", 0))
-    assert torch.float16 in found
-    assert (torch.bfloat16 in found) == native
-
-
-def test_native_dtypes_of_this_cpu_agree_with_its_flags():
-    from pathlib import Path
-
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file() or "flags" not in (text := cpuinfo.read_text()):
-        pytest.skip("no x86 Linux: nothing to compare with")
-    flags = set(next(line for line in text.splitlines() if line.startswith("flags")).split())
-    native = torch.bfloat16 in loading.native_dtypes(CPU)
-    assert native == bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def test_out_of_memory_has_its_exit_code(folder, monkeypatch):
