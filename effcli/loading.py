@@ -56,6 +56,8 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+# What transformers and tokenizers raise about tokenizer files that are damaged or of an unknown kind.
+_TOKENIZER_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError)
 
 
 @dataclass
@@ -208,7 +210,7 @@ class _Folder:
         self.dequantized_from = ""
         if source.kind == "builtin":
             self.dequantized_from = builtin_models.read_record(source.path).quantized
-            self.notes.append(f"weights were dequantized from {self.dequantized_from} GGUF types")
+            self.notes.append(_dequantized(self.dequantized_from))
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -246,7 +248,7 @@ class _Folder:
             tokenizer = AutoTokenizer.from_pretrained(
                 self._folder, config=self.config, trust_remote_code=self._trust, local_files_only=True
             )
-        except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        except _TOKENIZER_ERRORS as error:
             return None, f"no tokenizer: its files cannot be loaded ({_first_line(error)})"
         return tokenizer, None
 
@@ -264,7 +266,7 @@ class _Gguf:
         self.dequantized_from = self._facts.quantized
         self.notes = []
         if self.dequantized_from:
-            self.notes.append(f"weights were dequantized from {self.dequantized_from} GGUF types")
+            self.notes.append(_dequantized(self.dequantized_from))
 
     def needed_bytes(self, dtype: torch.dtype) -> int:
         return sum(self._facts.elements.values()) * dtype.itemsize
@@ -275,8 +277,12 @@ class _Gguf:
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase | None, str | None]:
         try:
             return gguf_files.load_tokenizer(self._path, self._facts), None
-        except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        except _TOKENIZER_ERRORS as error:
             return None, f"no tokenizer: the one in the GGUF file cannot be loaded ({_first_line(error)})"
+
+
+def _dequantized(types: str) -> str:
+    return f"weights were dequantized from {types} GGUF types"
 
 
 def _auto_class(config: PreTrainedConfig, spec: str, *, trust_remote_code: bool) -> Any:

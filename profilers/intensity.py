@@ -17,6 +17,7 @@ from profilers.meta import meta_model
 from profilers.op_trace import Cost, OpGroup, OpTracer, Trace
 from profilers.peaks import Peaks, Seen
 from profilers.phases import (
+    check_batch,
     check_context,
     context_limit,
     decode_history,
@@ -322,8 +323,7 @@ def _check(model: PreTrainedModel, batch: int, context: int) -> None:
         check_point(model, batch, context)
         return
     check_context(model.config, context)
-    if batch < 1:
-        raise ProfilerError(f"batch {batch} is not a number of sequences; give 1 or more")
+    check_batch(batch)
 
 
 def _trace_phases(

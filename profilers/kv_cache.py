@@ -32,7 +32,7 @@ from profilers.cache_prediction import (
 )
 from profilers.device import memory_available_bytes, memory_total_bytes
 from profilers.meta import meta_model
-from profilers.phases import check_context, context_limit
+from profilers.phases import check_batch, check_context, context_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -191,8 +191,8 @@ def measure_kv(
         chosen = tuple(contexts)
     for length in chosen:
         check_context(model.config, length)
-    if any(batch < 1 for batch in batches):
-        raise ProfilerError(f"batch {min(batches)} is not a number of sequences; give 1 or more")
+    for batch in batches:
+        check_batch(batch)
 
     with progress.task("KV cache: predicting"):
         predict = Predictor(meta_model(model.config, model.dtype) if live else model)

@@ -56,6 +56,17 @@ def context_limit(config: Any) -> int | None:
     return None
 
 
+def check_batch(batch: int) -> None:
+    """Refuse a number of sequences below 1.
+
+    Raises
+    ------
+    ProfilerError
+    """
+    if batch < 1:
+        raise ProfilerError(f"batch {batch} is not a number of sequences; give 1 or more")
+
+
 def check_context(config: Any, context: int) -> None:
     """Refuse a context that the model has no positions for.
 

@@ -15,7 +15,7 @@ import torch
 from profilers.base import DoesNotFitError, NotApplicableError, ProfilerError
 from profilers.cache_prediction import predict_cache_bytes
 from profilers.device import memory_available_bytes, synchronize, track_peak_memory
-from profilers.phases import PhaseState, check_context, context_limit, decode_step, prefill, token_ids
+from profilers.phases import PhaseState, check_batch, check_context, context_limit, decode_step, prefill, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -251,8 +251,7 @@ def check_point(model: PreTrainedModel, batch: int, context: int) -> None:
     ProfilerError
         If the batch or context is not positive, the context is past the model's limit, or the model is on meta.
     """
-    if batch < 1:
-        raise ProfilerError(f"batch {batch} is not a number of sequences; give 1 or more")
+    check_batch(batch)
     check_context(model.config, context)
     device = model.device
     if device.type == "meta":

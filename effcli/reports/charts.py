@@ -5,7 +5,7 @@ Each function returns None where the report lacks the figures; the page then say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
@@ -47,11 +47,7 @@ def roofline(report: Report) -> str | None:
         WIDTH,
         height,
     )
-    _grid(drawing, x, y, height - bottom, top)
-    for tick in x.ticks():
-        drawing.text("tick", x(tick), height - bottom + 18, fmt.short(tick), "middle")
-    for tick in y.ticks():
-        drawing.text("tick", LEFT - 8, y(tick) + 4, _round(fmt.large(tick, "")), "end")
+    _grid(drawing, x, y, fmt.short, lambda rate: fmt.large(rate, ""))
     drawing.text("axis", (LEFT + WIDTH - RIGHT) / 2, height - 12, "arithmetic intensity, FLOP/byte", "middle")
     drawing.text(
         "axis", 0, 0, "FLOP/s", "middle", transform=f"translate(16 {(top + height - bottom) / 2:.0f}) rotate(-90)"
@@ -82,13 +78,21 @@ def _round(text: str) -> str:
     return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".strip()
 
 
-def _grid(drawing: Svg, x: LogScale, y: LogScale, floor: float, top: float) -> None:
+def _grid(
+    drawing: Svg, x: LogScale, y: LogScale, x_label: Callable[[float], str], y_label: Callable[[float], str]
+) -> None:
+    """Draw the lines of both scales, the frame and the ticks' labels."""
+    floor, top = y.start, y.end
     for tick in x.ticks():
         drawing.line("grid", x(tick), top, x(tick), floor)
     for tick in y.ticks():
         drawing.line("grid", x.start, y(tick), x.end, y(tick))
     drawing.line("frame", x.start, floor, x.end, floor)
     drawing.line("frame", x.start, top, x.start, floor)
+    for tick in x.ticks():
+        drawing.text("tick", x(tick), floor + 18, x_label(tick), "middle")
+    for tick in y.ticks():
+        drawing.text("tick", x.start - 8, y(tick) + 4, _round(y_label(tick)), "end")
 
 
 def _roofs(
@@ -249,11 +253,7 @@ def kv_curve(report: Report) -> str | None:
         WIDTH,
         height,
     )
-    _grid(drawing, x, y, height - bottom, top)
-    for tick in x.ticks():
-        drawing.text("tick", x(tick), height - bottom + 18, fmt.integer(tick), "middle")
-    for tick in y.ticks():
-        drawing.text("tick", LEFT - 8, y(tick) + 4, _round(fmt.data_size(tick)), "end")
+    _grid(drawing, x, y, fmt.integer, fmt.data_size)
     drawing.text("axis", (LEFT + WIDTH - right) / 2, height - 12, "context, tokens", "middle")
     for value, kind, name in ((weights, "weights", "weights"), (memory, "memory", "device memory")):
         if value:
