@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from effcli.errors import BadInputError
 from effcli.reports.model import PROFILE_SCHEMA, Environment, ModelInfo, ProfileReport, plain, read_report
-from profilers.base import NotApplicableError, ProfileContext, Profiler, ProfileRequest, Progress, SilentProgress
+from profilers.base import (
+    NotApplicableError,
+    ProfileContext,
+    Profiler,
+    ProfileRequest,
+    Progress,
+    SilentProgress,
+    Task,
+)
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from effcli.loading import LoadedModel
@@ -95,68 +104,62 @@ def profile(
     profilers.base.ProfilerError
         If a measurement that was asked for cannot be made.
     """
-    import torch
-
-    from effcli import loading, sources
-    from effcli.quiet import quiet_transformers
     from profilers import registry
-    from profilers.peaks import measure_peaks
-    from profilers.phases import check_context
-    from profilers.timing import PhaseTimings
 
     started = time.perf_counter()
     progress = progress or SilentProgress()
-    selected = registry.in_order(tuple(only) if only is not None else _default_order(registry.names()))
+    names = tuple(only) if only is not None else _default_order(registry.names())
+    is_source = isinstance(model, (str, Path))
+    with progress.task(f"profile {model if is_source else type(model).__name__}", total=len(names) + 1) as overall:
+        from profilers.peaks import measure_peaks
+        from profilers.phases import check_context
+        from profilers.timing import PhaseTimings
 
-    loaded: LoadedModel
-    if isinstance(model, (str, Path)):
-        loading.check_dtype_name(dtype)
-        chosen, _ = loading.choose_device(device)  # a wrong name is said before anything is fetched
-        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-        source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
-        config_only = config_only or source.kind == "config"
-        selected, skipped = _without_weights(selected, only is not None) if config_only else (selected, {})
-        # Before and after loading: on a shared machine a ceiling is the best of measurements some seconds apart.
-        first = None if config_only else measure_peaks(chosen, loading.native_dtypes(chosen), progress)
-        loaded = loading.load(source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust)
-    else:
-        first = None
-        loaded = _live(model, tokenizer)
-        config_only = loaded.model.device.type == "meta"
-        selected, skipped = _without_weights(selected, only is not None) if config_only else (selected, {})
+        selected = registry.in_order(names)
+        first: Peaks | None = None
+        if isinstance(model, (str, Path)):
+            from effcli import loading, sources
 
-    for length in context or ():
-        check_context(loaded.config, length)
-    on = torch.device("cpu") if loaded.device.type == "meta" else loaded.device
-    peaks = measure_peaks(on, tuple(dict.fromkeys((loaded.dtype, torch.float32))), progress)
-    run_context = ProfileContext(
-        model=loaded.model,
-        config=loaded.config,
-        tokenizer=loaded.tokenizer,
-        device=loaded.device,
-        dtype=loaded.dtype,
-        request=ProfileRequest(
-            batches=tuple(batch),
-            contexts=None if context is None else tuple(context),
-            epsilons=tuple(epsilon),
-            sequences=sequences,
-            seed=seed,
-            text=text,
-        ),
-        peaks=peaks if first is None else peaks.merged(first),
-        timings=PhaseTimings(loaded.model, seed=seed),
-        config_only=config_only,
-        load_seconds=loaded.load_seconds,
-        progress=progress,
-    )
-    with quiet_transformers():
-        for profiler in selected:
-            try:
-                run_context.results[profiler.name] = profiler.run(run_context)
-            except NotApplicableError as error:
-                if only is not None:
-                    raise
-                skipped[profiler.name] = str(error)
+            loading.check_dtype_name(dtype)
+            chosen, _ = loading.choose_device(device)  # a wrong name is said before anything is fetched
+            trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+            source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
+            config_only = config_only or source.kind == "config"
+            selected, skipped = _without_weights(selected, config_only, only is not None)
+            if not config_only:  # once more after loading: on a shared machine a ceiling is the best of several
+                first = measure_peaks(chosen, loading.native_dtypes(chosen), progress)
+            loaded = loading.load(
+                source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust
+            )
+        else:
+            loaded = _live(model, tokenizer)
+            config_only = loaded.model.device.type == "meta"
+            selected, skipped = _without_weights(selected, config_only, only is not None)
+        for length in context or ():
+            check_context(loaded.config, length)
+        peaks = measure_peaks(_profiled_device(loaded), _dtypes(loaded), progress)
+        overall.advance()
+        run_context = ProfileContext(
+            model=loaded.model,
+            config=loaded.config,
+            tokenizer=loaded.tokenizer,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            request=ProfileRequest(
+                batches=tuple(batch),
+                contexts=None if context is None else tuple(context),
+                epsilons=tuple(epsilon),
+                sequences=sequences,
+                seed=seed,
+                text=text,
+            ),
+            peaks=peaks if first is None else peaks.merged(first),
+            timings=PhaseTimings(loaded.model, seed=seed),
+            config_only=config_only,
+            load_seconds=loaded.load_seconds,
+            progress=progress,
+        )
+        _run(selected, run_context, skipped, overall, refuse_inapplicable=only is not None)
     return ProfileReport(
         schema=PROFILE_SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -171,13 +174,51 @@ def profile(
     )
 
 
+def _run(
+    selected: Sequence[Profiler],
+    context: ProfileContext,
+    skipped: dict[str, str],
+    overall: Task,
+    *,
+    refuse_inapplicable: bool,
+) -> None:
+    """Run the profilers in order; what does not apply to the model goes to ``skipped`` unless it was asked for."""
+    from effcli.quiet import quiet_transformers
+
+    with quiet_transformers():
+        for profiler in selected:
+            try:
+                context.results[profiler.name] = profiler.run(context)
+            except NotApplicableError as error:
+                if refuse_inapplicable:
+                    raise
+                skipped[profiler.name] = str(error)
+            overall.advance()
+
+
+def _profiled_device(loaded: LoadedModel) -> torch.device:
+    import torch
+
+    return torch.device("cpu") if loaded.device.type == "meta" else loaded.device
+
+
+def _dtypes(loaded: LoadedModel) -> tuple[torch.dtype, ...]:
+    import torch
+
+    return tuple(dict.fromkeys((loaded.dtype, torch.float32)))
+
+
 def _default_order(installed: Sequence[str]) -> tuple[str, ...]:
     known = [name for name in PROFILER_ORDER if name in installed]
     return (*known, *(name for name in installed if name not in known))
 
 
-def _without_weights(selected: tuple[Profiler, ...], asked_for: bool) -> tuple[tuple[Profiler, ...], dict[str, str]]:
-    """Leave out the profilers that need weights; refuse if the user named one of them."""
+def _without_weights(
+    selected: tuple[Profiler, ...], config_only: bool, asked_for: bool
+) -> tuple[tuple[Profiler, ...], dict[str, str]]:
+    """Without weights, leave out the profilers that need them; refuse if the user named one of them."""
+    if not config_only:
+        return selected, {}
     skipped = {item.name: "needs weights; profile without --config-only" for item in selected if item.needs_weights}
     if asked_for and skipped:
         raise BadInputError(f"profiler '{next(iter(skipped))}' needs weights; run it without --config-only")

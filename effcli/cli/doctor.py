@@ -54,10 +54,9 @@ def _show(diagnosis: Diagnosis, console: Console) -> None:
             table.add_row(Text("  " + name), Text(value))
         console.print(table)
 
-    section(
-        "Problems" if diagnosis.problems else "No problems found",
-        [(item.problem, item.remedy) for item in diagnosis.problems],
-    )
+    section("Problems", [(item.problem, item.remedy) for item in diagnosis.problems])
+    if not diagnosis.problems:
+        console.print(Text("No problems found", style="bold"))
     for device in diagnosis.devices:
         rows = [("name", device.name)]
         if device.memory_total_bytes is not None:
