@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -35,14 +36,15 @@ def index_url() -> str:
         return url.strip().rstrip("/")
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         shown = subprocess.run(
-            [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
+            [sys.executable, "-m", "pip", "config", "list"],  # "get" of older pips does not see PIP_CONFIG_FILE
             capture_output=True,
             text=True,
             timeout=_PIP_TIMEOUT_SECONDS,
             check=False,
         )
-        if shown.returncode == 0 and shown.stdout.strip():
-            return shown.stdout.strip().rstrip("/")
+        found = re.search(r"^global\.index-url='(.+)'$", shown.stdout, re.MULTILINE)
+        if found:
+            return found[1].strip().rstrip("/")
     return DEFAULT_INDEX
 
 

@@ -77,7 +77,7 @@ def test_no_problem_here():
 def test_missing_and_old_packages(monkeypatch):
     requirements(monkeypatch, "torch>=99", "no-such-distribution>=1", "rich")
     assert problems() == [
-        (f"torch {torch.__version__} is not in >=99", "pip install 'torch>=99'"),
+        (f"torch {importlib.metadata.version('torch')} is not in >=99", "pip install 'torch>=99'"),
         ("no no-such-distribution", "pip install 'no-such-distribution>=1'"),
     ]
 
