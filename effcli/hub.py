@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,12 @@ class Snapshot:
     notes: tuple[str, ...] = ()
 
 
+def _network_errors() -> tuple[type[Exception], ...]:
+    """Return what a broken connection raises: httpx's error under huggingface_hub 1, httpx2's under 2."""
+    clients = [import_module(name) for name in ("httpx", "httpx2") if find_spec(name)]
+    return (ConnectionError, *(client.RequestError for client in clients))
+
+
 @dataclass(frozen=True)
 class HubModel:
     """One hub id with what is wanted of it and what may be fetched."""
@@ -67,12 +75,12 @@ class HubModel:
         NoRoomError
             If the download does not fit the disk.
         """
-        import httpx
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+        broken: tuple[type[Exception], ...] = (HfHubHTTPError, OfflineModeIsEnabled, *_network_errors())
         try:
             info = self._info()
-        except (httpx.RequestError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        except broken as error:
             return self._cached(error)
         names = {sibling.rfilename for sibling in info.siblings or ()}
         if CONFIG not in names:
@@ -87,7 +95,7 @@ class HubModel:
             )
             if not self.config_only:
                 folder = self._download(info, patterns + self._weight_patterns(names), progress)
-        except (httpx.RequestError, HfHubHTTPError, ConnectionError) as error:
+        except broken as error:
             raise SourceError(f"fetching '{self.spec}' from the hub broke off ({_brief(error)}); try again") from None
         return Snapshot(folder, info.sha)
 

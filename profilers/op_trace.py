@@ -385,7 +385,8 @@ class OpTracer:
         elif mask is None:
             pairs = dense
         elif mask.device.type == "meta":
-            pairs = self._pairs_by_structure(queries, keys)
+            # One row of mask is one token, even where its heads are packed into the queries.
+            pairs = dense if mask.shape[-2] == 1 else self._pairs_by_structure(queries, keys)
         else:
             pairs = self._pairs_by_value(mask) / max(1, mask.numel()) * dense
         return round(attention_flops(query, key, value) * pairs / dense)
