@@ -137,7 +137,7 @@ def profile(
             selected, skipped = _without_weights(selected, config_only, only is not None)
         for length in context or ():
             check_context(loaded.config, length)
-        peaks = measure_peaks(_profiled_device(loaded), _dtypes(loaded), progress)
+        peaks = measure_peaks(loaded.device, _dtypes(loaded), progress)
         overall.advance()
         run_context = ProfileContext(
             model=loaded.model,
@@ -196,12 +196,6 @@ def _run(
             overall.advance()
 
 
-def _profiled_device(loaded: LoadedModel) -> torch.device:
-    import torch
-
-    return torch.device("cpu") if loaded.device.type == "meta" else loaded.device
-
-
 def _dtypes(loaded: LoadedModel) -> tuple[torch.dtype, ...]:
     import torch
 
@@ -226,6 +220,8 @@ def _without_weights(
 
 
 def _live(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    import torch
+
     from effcli.loading import LoadedModel
     from effcli.sources import Source
 
@@ -234,7 +230,7 @@ def _live(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
         config=model.config,
         tokenizer=tokenizer,
         source=Source(spec=model.config._name_or_path or type(model).__name__, kind="live", path=None),
-        device=model.device,
+        device=torch.device("cpu") if model.device.type == "meta" else model.device,
         device_reason="where the live model is",
         dtype=model.dtype,
         dtype_reason="the live model's own",

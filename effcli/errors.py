@@ -30,13 +30,6 @@ class SourceError(BadInputError):
     """A model source cannot be found, read or trusted."""
 
 
-class MissingExtraError(BadInputError):
-    """An optional dependency is not installed."""
-
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an optional dependency; add it with: pip install 'effcli[{extra}]'")
-
-
 class NoRoomError(EffcliError):
     """Not enough memory or disk."""
 

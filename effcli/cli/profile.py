@@ -76,7 +76,7 @@ def command(
         str | None, typer.Option("--context", "-c", help="Context lengths in tokens, comma-separated.")
     ] = None,
     batch: Annotated[str, typer.Option("--batch", "-b", help="Batch sizes, comma-separated.")] = "1",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, float16, bfloat16.")] = "auto",
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Count from the config on the meta device; needs no weights.")
