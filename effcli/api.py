@@ -126,7 +126,8 @@ def profile(
             source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
             config_only = config_only or source.kind == "config"
             selected, skipped = _without_weights(selected, config_only, only is not None)
-            if not config_only:  # once more after loading: on a shared machine a ceiling is the best of several
+            # Once more after loading, where a roofline is drawn: on a shared machine a ceiling is the best of several.
+            if not config_only and any(item.name == "intensity" for item in selected):
                 first = measure_peaks(chosen, loading.native_dtypes(chosen), progress)
             loaded = loading.load(
                 source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust
