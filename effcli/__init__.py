@@ -11,16 +11,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from effcli.api import load_report, profile
+    from effcli.api import load, load_report, profile
+    from effcli.pipeline import optimize
+    from effcli.planning import plan
+    from effcli.recipes import Recipe
     from effcli.reports.model import ProfileReport
 
     __version__: str
 
-__all__ = ["ProfileReport", "__version__", "load_report", "profile"]
+__all__ = ["ProfileReport", "Recipe", "__version__", "load", "load_report", "optimize", "plan", "profile"]
 
 _LAZY = {
     "profile": "effcli.api",
+    "load": "effcli.api",
     "load_report": "effcli.api",
+    "optimize": "effcli.pipeline",
+    "plan": "effcli.planning",
+    "Recipe": "effcli.recipes",
     "ProfileReport": "effcli.reports.model",
 }
 

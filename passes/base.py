@@ -348,6 +348,11 @@ class Pass(ABC):
         except ValidationError as error:
             raise PassError(_explain(cls.name, cls.parameters_type, error)) from None
 
+    @classmethod
+    def alternatives(cls) -> tuple[dict[str, Any], ...]:
+        """Return the parameters that ``effcli plan MODEL`` compares when the user names no pass."""
+        return ({},)
+
     @property
     def needs_calibration(self) -> bool:
         """Whether :meth:`apply` needs calibration text, with these parameters."""

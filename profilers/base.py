@@ -43,6 +43,9 @@ class Task(Protocol):
     def advance(self, steps: float = 1.0) -> None:
         """Move the line forward by ``steps``."""
 
+    def describe(self, text: str) -> None:
+        """Change the line's text: which layer, with what error."""
+
 
 class Progress(Protocol):
     """Where instruments report how far they are; the renderer decides what to show."""
@@ -53,6 +56,9 @@ class Progress(Protocol):
 
 class _SilentTask:
     def advance(self, steps: float = 1.0) -> None:
+        return None
+
+    def describe(self, text: str) -> None:
         return None
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from effcli.cli import doctor, models, profile, profilers, report
+from effcli.cli import doctor, models, optimize, passes, plan, profile, profilers, report
 from effcli.errors import EXIT_BAD_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_NO_ROOM, EXIT_OK, EffcliError
 
 app = typer.Typer(
@@ -26,10 +26,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 fine, 1 a bug, 2 bad input, 3 a gate failed, 4 not enough memory or disk, 130 interrupted.",
 )
 app.command("profile")(profile.command)
+app.command("plan")(plan.command)
+app.command("optimize")(optimize.command)
 app.command("report")(report.command)
 app.command("doctor")(doctor.command)
 app.command("models")(models.command)
 app.command("profilers")(profilers.command)
+app.command("passes")(passes.command)
 
 
 def _version(show: bool) -> None:
@@ -79,13 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """Return the line to print and the exit code for ``error``."""
+    from passes.base import PassDoesNotFitError, PassError
     from profilers.base import DoesNotFitError, ProfilerError
 
     if isinstance(error, EffcliError):
         return f"error: {error}", error.exit_code
-    if isinstance(error, DoesNotFitError):
+    if isinstance(error, (DoesNotFitError, PassDoesNotFitError)):
         return f"error: {error}", EXIT_NO_ROOM
-    if isinstance(error, ProfilerError):
+    if isinstance(error, (ProfilerError, PassError)):
         return f"error: {error}", EXIT_BAD_INPUT
     if hasattr(error, "format_message"):  # typer's usage errors, whichever click they are built on
         return f"error: {error.format_message()}", EXIT_BAD_INPUT

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from effcli.cli.options import FormatOption, OutputOption, QuietOption
+from effcli.cli.options import (
+    AllowPickleOption,
+    DeviceOption,
+    DtypeOption,
+    FormatOption,
+    ModelArgument,
+    OutputOption,
+    QuietOption,
+    RevisionOption,
+    TrustRemoteCodeOption,
+)
 from effcli.cli.output import (
     check_writable,
     chosen_names,
@@ -21,12 +31,6 @@ from effcli.cli.output import (
 )
 from effcli.cli.progress import progress_bars
 from effcli.errors import BadInputError
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    from effcli.builtin_models import CATALOGUE
-
-    return [name for name in CATALOGUE if name.startswith(incomplete)]
 
 
 def _complete_profilers(incomplete: str) -> list[str]:
@@ -56,14 +60,7 @@ def read_text(path: Path) -> str:
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Built-in name (see 'effcli models'), transformers folder, .gguf file, config.json, or hub id.",
-            autocompletion=_complete_model,
-        ),
-    ],
+    model: ModelArgument,
     only: Annotated[
         str | None,
         typer.Option(
@@ -76,8 +73,8 @@ def command(
         str | None, typer.Option("--context", "-c", help="Context lengths in tokens, comma-separated.")
     ] = None,
     batch: Annotated[str, typer.Option("--batch", "-b", help="Batch sizes, comma-separated.")] = "1",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, float16, bfloat16.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Count from the config on the meta device; needs no weights.")
     ] = False,
@@ -89,13 +86,9 @@ def command(
         Path | None, typer.Option("--text", help="UTF-8 file to measure on; default: a text every Python has.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load pickled weights (.bin, .pt): they can run code.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
-    ] = False,
+    revision: RevisionOption = None,
+    allow_pickle: AllowPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     format_: FormatOption = None,
     output: OutputOption = None,
     quiet: QuietOption = False,

@@ -22,6 +22,9 @@ class _BarTask:
     def advance(self, steps: float = 1.0) -> None:
         self._bars.advance(self._task, steps)
 
+    def describe(self, text: str) -> None:
+        self._bars.update(self._task, description=text)
+
 
 class _Bars:
     def __init__(self, bars: RichBars) -> None:
