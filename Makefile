@@ -14,15 +14,22 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.core
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+$(VENV)/.quantize: $(VENV)/.core
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[quantize]'
 	touch $@
 
-## Fetch the built-in model, profile it on this device, write the HTML report and say where.
-demo: $(VENV)/.core
+$(VENV)/.test: $(VENV)/.quantize
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[quantize,test]'
+	touch $@
+
+## Fetch the built-in model, profile it on this device, plan, quantize it to 4 bits, and say where everything is.
+demo: $(VENV)/.quantize
 	mkdir -p demo
 	$(BIN)/effcli profile smollm2-135m -o demo/profile.json -o demo/profile.html
-	@echo "Open $(CURDIR)/demo/profile.html in a browser."
+	$(BIN)/effcli plan smollm2-135m --profile demo/profile.json -o demo/plan.html
+	$(BIN)/effcli optimize smollm2-135m --profile demo/profile.json --pass quantize:scheme=w4a16 -o demo/out --force
+	@echo "Checkpoint: $(CURDIR)/demo/out"
+	@echo "Open $(CURDIR)/demo/out/report.html in a browser."
 
 ## Lint, types, and every test that protects the main jobs.
 test: $(VENV)/.test lint
