@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from effcli.errors import BadInputError
 from effcli.reports.model import PROFILE_SCHEMA, Environment, ModelInfo, ProfileReport, plain, read_report
@@ -38,6 +38,58 @@ VERSIONED_PACKAGES = ("effcli", "torch", "transformers", "accelerate", "safetens
 def load_report(path: Path | str) -> dict[str, Any]:
     """Read a saved report as plain data; see :func:`effcli.reports.model.read_report`."""
     return read_report(path)
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: Literal["auto", "plain"] = "auto",
+    compile: bool = False,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a checkpoint to run it: quantized weights repacked for the fastest kernels that the device has.
+
+    Parameters
+    ----------
+    model : str or Path
+        A folder that ``effcli optimize`` wrote, or any other source.
+    device, dtype : str
+        ``auto`` or a torch name.
+    kernels : str
+        ``auto``, or ``plain`` for plain tensors of ``dtype``.
+    compile : bool
+        Compile the decode step with ``torch.compile`` over a static cache; the first tokens take a minute.
+    revision, allow_pickle, trust_remote_code
+        As in :func:`profile`.
+
+    Returns
+    -------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase or None
+        None where the checkpoint has none.
+
+    Raises
+    ------
+    effcli.errors.EffcliError
+        If the source, device or dtype cannot be used.
+    """
+    from effcli import checkpoint
+
+    loaded = checkpoint.load(
+        model,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        compile=compile,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    return loaded.model, loaded.tokenizer
 
 
 def profile(
