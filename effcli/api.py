@@ -93,10 +93,11 @@ def load(
 
 
 def profile(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | LoadedModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     only: Sequence[str] | None = None,
+    refuse_inapplicable: bool | None = None,
     batch: Sequence[int] = (1,),
     context: Sequence[int] | None = None,
     epsilon: Sequence[float] = (0.3,),
@@ -116,12 +117,15 @@ def profile(
 
     Parameters
     ----------
-    model : str, Path or PreTrainedModel
+    model : str, Path, PreTrainedModel or LoadedModel
         A source as on the command line, or a live model, which is measured where it is and left as it was.
     tokenizer : PreTrainedTokenizerBase, optional
         For a live model; sources bring their own.
     only : sequence of str, optional
         Profilers to run; default all installed.
+    refuse_inapplicable : bool, optional
+        Whether a profiler that has nothing to measure in this model is an error; else the report says why it was
+        skipped. Default: an error if ``only`` names it.
     batch, context : sequence of int
         Batch sizes in sequences, context lengths in tokens; ``context=None`` lets each profiler choose.
     epsilon : sequence of float
@@ -160,9 +164,10 @@ def profile(
 
     started = time.perf_counter()
     progress = progress or SilentProgress()
+    if refuse_inapplicable is None:
+        refuse_inapplicable = only is not None
     names = tuple(only) if only is not None else _default_order(registry.names())
-    is_source = isinstance(model, (str, Path))
-    with progress.task(f"profile {model if is_source else type(model).__name__}", total=len(names) + 1) as overall:
+    with progress.task(f"profile {_name_of(model)}", total=len(names) + 1) as overall:
         from profilers.peaks import measure_peaks
         from profilers.phases import check_context
         from profilers.timing import PhaseTimings
@@ -212,7 +217,7 @@ def profile(
             load_seconds=loaded.load_seconds,
             progress=progress,
         )
-        _run(selected, run_context, skipped, overall, refuse_inapplicable=only is not None)
+        _run(selected, run_context, skipped, overall, refuse_inapplicable=refuse_inapplicable)
     return ProfileReport(
         schema=PROFILE_SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -272,12 +277,22 @@ def _without_weights(
     return tuple(item for item in selected if not item.needs_weights), skipped
 
 
-def _live(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+def _name_of(model: str | Path | PreTrainedModel | LoadedModel) -> str:
+    from effcli.loading import LoadedModel
+
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return model.source.spec if isinstance(model, LoadedModel) else type(model).__name__
+
+
+def _live(model: PreTrainedModel | LoadedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
     import torch
 
     from effcli.loading import LoadedModel
     from effcli.sources import Source
 
+    if isinstance(model, LoadedModel):
+        return model
     return LoadedModel(
         model=model,
         config=model.config,

@@ -36,6 +36,12 @@ class NoRoomError(EffcliError):
     exit_code = EXIT_NO_ROOM
 
 
+class GateFailedError(EffcliError):
+    """The result was measured and a gate that was asked for does not hold; nothing was published."""
+
+    exit_code = EXIT_GATE_FAILED
+
+
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(value, list(known), n=1)
