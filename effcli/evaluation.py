@@ -78,19 +78,19 @@ def evaluation_windows(
 
     if evaluation.text is not None and evaluation.dataset is not None:
         raise BadInputError("evaluation names both a text and a data set; leave one out")
+    text: str | None = None
+    name = ""
     if evaluation.dataset is not None:
-        characters = evaluation.tokens * DATASET_CHARACTERS_PER_TOKEN
-        text, name = read_dataset(evaluation.dataset, characters)
-    else:
-        text = None if evaluation.text is None else read_text(evaluation.text)
-        name = "user text" if evaluation.text is None else evaluation.text.name
+        text, name = read_dataset(evaluation.dataset, evaluation.tokens * DATASET_CHARACTERS_PER_TOKEN)
+    elif evaluation.text is not None:
+        text, name = read_text(evaluation.text), evaluation.text.name
     split = split_texts(
         tokenizer,
         vocabulary_size,
         calibration_text=None if calibration.text is None else read_text(calibration.text),
         evaluation_text=text,
         seed=seed,
-        calibration_name="user text" if calibration.text is None else calibration.text.name,
+        calibration_name="" if calibration.text is None else calibration.text.name,
         evaluation_name=name,
     )
     notes = list(split.notes)
@@ -150,6 +150,8 @@ def read_dataset(spec: str, characters: int) -> tuple[str, str]:
     BadInputError
         If ``datasets`` is not installed, or the data set cannot be reached, is not there or has no text.
     """
+    import httpx
+
     try:
         import datasets
     except ImportError:
@@ -174,7 +176,7 @@ def read_dataset(spec: str, characters: int) -> tuple[str, str]:
             read += len(rows[-1]) + 2
             if read >= characters:
                 break
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, httpx.HTTPError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BadInputError(
             f"cannot read data set '{spec}': {first}; check the name and the network, or give --eval-text FILE"
