@@ -30,7 +30,16 @@ import torch
 
 from profilers.base import ProfilerError, Progress, SilentProgress
 from profilers.intervals import CONFIDENCE, Interval, block_interval, wilson
-from profilers.reference import Reference, batch_size, check_windows, checked_head, final_states, record_reference
+from profilers.reference import (
+    Reference,
+    batch_size,
+    check_windows,
+    checked_head,
+    final_states,
+    log_probabilities,
+    positions_at_once,
+    record_reference,
+)
 from profilers.tasks import TaskComparison
 
 if TYPE_CHECKING:
@@ -47,9 +56,6 @@ __all__ = [
     "measure_quality",
     "record_reference",
 ]
-
-CHUNK_ELEMENTS = 1 << 22
-"""Logits that exist at a time, of each model; at least those of one position."""
 
 BLOCKS = 16
 """Blocks that an interval is over, at least, where the text allows: windows are divided if there are fewer."""
@@ -192,10 +198,10 @@ def measure_quality(
     for window, start, stop, logits, original in _logits(model, windows, reference, windows.shape[-1] - 1, progress):
         place = (window, slice(start, stop))
         targets = windows[window, start + 1 : stop + 1].to(logits.device)
-        own = _log_probabilities(logits)
+        own = log_probabilities(logits)
         after[place] = _negative_log_likelihood(own, targets)
         if original is not None:
-            theirs = _log_probabilities(original)
+            theirs = log_probabilities(original)
             before[place] = _negative_log_likelihood(theirs, targets)
             divergence[place] = _divergence(theirs, own)
             agrees[place] = (logits.argmax(dim=-1) == original.argmax(dim=-1)).cpu().numpy()
@@ -291,13 +297,12 @@ def _logits(
     if reference is not None and not torch.equal(reference.windows, windows.cpu()):
         raise ProfilerError("the reference was recorded on other windows; record it again on these")
     head = checked_head(model, windows)
+    step = positions_at_once(head)
     done = 0
     with (progress or SilentProgress()).task("Quality", total=windows.shape[0]) as task:
         for batch in torch.split(windows, batch_size(windows)):
             for states in final_states(model, batch):
-                start = 0
-                step = 1  # until the size of the vocabulary is seen
-                while start < positions:
+                for start in range(0, positions, step):
                     stop = min(start + step, positions)
                     logits = head.logits(states[start:stop])
                     original = None
@@ -309,13 +314,8 @@ def _logits(
                                 "they can only be compared over one vocabulary"
                             )
                     yield done, start, stop, logits, original
-                    start, step = stop, max(1, CHUNK_ELEMENTS // logits.shape[-1])
                 done += 1
                 task.advance()
-
-
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
 def _negative_log_likelihood(log_probabilities: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

@@ -32,6 +32,8 @@ FORWARD_TOKENS = 2_048
 """Tokens in one forward of the base model, unless a single window is longer."""
 CHECKED_TOKENS = 16
 """Tokens on which a replay is compared with the model's own forward."""
+LOGITS_AT_ONCE = 1 << 22
+"""Logits of one model that exist at a time, unless those of one position are more."""
 _TENSORS, _HEAD, _META = "states.safetensors", "head.safetensors", "reference.json"
 _HOOKS = (
     "_forward_hooks",
@@ -127,6 +129,12 @@ class Head:
         finally:
             del self._base.states
         return logits[0]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the model knows, by its config."""
+        size: int = self._model.config.get_text_config(decoder=True).vocab_size
+        return size
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the head, tied ones included, by the names that the whole model has them under."""
@@ -338,6 +346,16 @@ def record_reference(model: PreTrainedModel, windows: torch.Tensor, *, progress:
             states.append(found.cpu())
             task.advance(batch.shape[0])
     return Reference(windows.cpu(), torch.cat(states), head, device)
+
+
+def positions_at_once(head: Head) -> int:
+    """Return of how many positions the logits may exist at a time."""
+    return max(1, LOGITS_AT_ONCE // head.vocabulary_size)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Return the log-softmax over the vocabulary, in float32 (float64 for float64 logits)."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
 def batch_size(windows: torch.Tensor) -> int:
