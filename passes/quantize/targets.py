@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from passes.base import PassError, Skipped
 from passes.quantize.parameters import QuantizeParameters
-from passes.quantize.schemes import KERNEL_GROUP_SIZES, PREFERRED_GROUP_SIZES
+from passes.quantize.schemes import BLOCK, KERNEL_GROUP_SIZES, PREFERRED_GROUP_SIZES
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +144,8 @@ def _check_experts_whole(layers: list[TargetLayer], skipped: list[Skipped]) -> N
     left_out = [item for item in skipped if _EXPERT_NAME.search(f"{item.name}.")]
     if left_out:
         raise PassError(
-            f"{left_out[0].name} would be left out ({left_out[0].reason}) while other experts are quantized, but readers "
-            "take all experts of a checkpoint with one scheme; leave all of them out with experts=skip"
+            f"{left_out[0].name} would be left out ({left_out[0].reason}) while other experts are quantized, but "
+            "readers take all experts of a checkpoint with one scheme; leave all of them out with experts=skip"
         )
 
 
@@ -163,6 +163,9 @@ def choose_group_size(layers: tuple[TargetLayer, ...], parameters: QuantizeParam
     if kind.fixed_group is not None:
         _check_divides(kind.fixed_group, layers, f"scheme={parameters.scheme} has groups of {kind.fixed_group}")
         return kind.fixed_group
+    if kind.scales == "block":
+        _check_divides(BLOCK, layers, f"scheme={parameters.scheme} scales activations by {BLOCK} columns")
+        return None
     if not parameters.takes_group_size or (kind.scales == "row" and parameters.group_size is None):
         return None
     suitable = [size for size in KERNEL_GROUP_SIZES if all(width % size == 0 for width in widths)]
