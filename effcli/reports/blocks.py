@@ -68,7 +68,25 @@ class Chart:
     name: str
 
 
-Block = Table | Facts | HeatMap | Chart
+@dataclass(frozen=True)
+class Code:
+    """Text to copy as it is, line by line: a recipe, a command.
+
+    Attributes
+    ----------
+    title : str
+    language : str
+        ``yaml``, ``python``, ``bash``.
+    text : str
+        Lines of printable characters.
+    """
+
+    title: str
+    language: str
+    text: str
+
+
+Block = Table | Facts | HeatMap | Chart | Code
 
 
 @dataclass(frozen=True)

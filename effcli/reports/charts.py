@@ -47,7 +47,7 @@ def roofline(report: Report) -> str | None:
         WIDTH,
         height,
     )
-    _grid(drawing, x, y, fmt.short, lambda rate: fmt.large(rate, ""))
+    grid_lines(drawing, x, y, fmt.short, lambda rate: fmt.large(rate, ""))
     drawing.text("axis", (LEFT + WIDTH - RIGHT) / 2, height - 12, "arithmetic intensity, FLOP/byte", "middle")
     drawing.text(
         "axis", 0, 0, "FLOP/s", "middle", transform=f"translate(16 {(top + height - bottom) / 2:.0f}) rotate(-90)"
@@ -55,7 +55,7 @@ def roofline(report: Report) -> str | None:
     labels = Labels(LEFT + 4, WIDTH - RIGHT - 2, top, height - bottom)
     for mark in marks:
         labels.occupy(x(mark[0]), y(mark[1]), 7)
-    _roofs(drawing, x, y, bandwidth, rates, str(intensity.get("dtype")), labels)
+    roofs(drawing, x, y, bandwidth, rates, str(intensity.get("dtype")), labels)
     main_rate = rates.get(str(intensity.get("dtype")), max(rates.values()))
     for flops_per_byte, rate, _ in marks:
         roof = y(min(flops_per_byte * bandwidth, main_rate))
@@ -72,13 +72,13 @@ def _mark(point: Report) -> tuple[float, float, Report] | None:
     return (point["flops_per_byte"], rate, point) if rate and point.get("flops_per_byte") else None
 
 
-def _round(text: str) -> str:
+def rounded_tick(text: str) -> str:
     """Drop the zeros that a tick does not need: ``10.0 G`` is ``10 G``."""
     number, _, unit = text.partition(" ")
     return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".strip()
 
 
-def _grid(
+def grid_lines(
     drawing: Svg, x: LogScale, y: LogScale, x_label: Callable[[float], str], y_label: Callable[[float], str]
 ) -> None:
     """Draw the lines of both scales, the frame and the ticks' labels."""
@@ -92,12 +92,13 @@ def _grid(
     for tick in x.ticks():
         drawing.text("tick", x(tick), floor + 18, x_label(tick), "middle")
     for tick in y.ticks():
-        drawing.text("tick", x.start - 8, y(tick) + 4, _round(y_label(tick)), "end")
+        drawing.text("tick", x.start - 8, y(tick) + 4, rounded_tick(y_label(tick)), "end")
 
 
-def _roofs(
+def roofs(
     drawing: Svg, x: LogScale, y: LogScale, bandwidth: float, rates: dict[str, float], main: str, labels: Labels
 ) -> None:
+    """Draw the memory roof, and a compute roof for each dtype, ``main`` the strongest."""
     highest = max(rates.values())
     start = max(x.low, y.low / bandwidth)
     slant = [(x(start), y(start * bandwidth)), (x(highest / bandwidth), y(highest))]
@@ -253,7 +254,7 @@ def kv_curve(report: Report) -> str | None:
         WIDTH,
         height,
     )
-    _grid(drawing, x, y, fmt.integer, fmt.data_size)
+    grid_lines(drawing, x, y, fmt.integer, fmt.data_size)
     drawing.text("axis", (LEFT + WIDTH - right) / 2, height - 12, "context, tokens", "middle")
     for value, kind, name in ((weights, "weights", "weights"), (memory, "memory", "device memory")):
         if value:
@@ -354,7 +355,9 @@ def _panel(
     first, y = y + head, y + head
     for tick in linear_ticks(longest):
         drawing.line("grid", left + tick * scale, first, left + tick * scale, first + row * len(classes))
-        drawing.text("tick", left + tick * scale, first + row * len(classes) + 16, _round(fmt.seconds(tick)), "middle")
+        drawing.text(
+            "tick", left + tick * scale, first + row * len(classes) + 16, rounded_tick(fmt.seconds(tick)), "middle"
+        )
     for name, measured, best in classes:
         shown = name if len(name) <= 22 else name[:21] + "…"
         drawing.text("tick name", left - 10, y + row / 2 + 4, shown, "end")

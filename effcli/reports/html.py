@@ -6,25 +6,12 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports import charts
-from effcli.reports.blocks import Chart, Facts, HeatMap, Report, Section, Table, items, main_point, profile, where
-from effcli.reports.sections import sections
-from effcli.reports.sections.sinks import quoted_points
-from effcli.reports.verdict import verdict
+from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Report, Table
+from effcli.reports.documents import document
+from effcli.reports.documents.base import Document
 
-CAPTIONS = {
-    "roofline": "Filled marks were measured; hollow ones are the least time that the peaks allow. The slanted line is "
-    "main memory: work that fits a cache can lie above it.",
-    "breakdown": "Time of each class of op: as measured, and as the roofline allows.",
-    "kv": "Cache of one sequence. Dots are predictions held against the real cache (hollow: predicted only).",
-}
-MISSING_CHARTS = {
-    "roofline": "No roofline plot: it needs a measured peak and a point.",
-    "breakdown": "No breakdown: the report holds no time by class of op.",
-    "kv": "No curve: the cache of this model has no size that depends on context, or the report holds none.",
-}
 BOUNDS = ("memory", "compute", "overhead")
 
 
@@ -38,22 +25,23 @@ def to_html(report: Report) -> str:
     environment.tests["table"] = lambda block: isinstance(block, Table)
     environment.tests["facts"] = lambda block: isinstance(block, Facts)
     environment.tests["heat_map"] = lambda block: isinstance(block, HeatMap)
+    environment.tests["code"] = lambda block: isinstance(block, Code)
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    found = sections(report)
-    first, *others = (sentence.replace(" %", "\u00a0%") for sentence in verdict(report))
-    model = report.get("model") or {}
+    shown = document(report)
+    first, *others = (sentence.replace(" %", "\u00a0%") for sentence in shown.verdict)
     page: str = template.render(
         style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
-        name=printable(model.get("source") or "a model"),
-        subtitle=_subtitle(report),
+        command=shown.command,
+        name=shown.name,
+        subtitle=shown.subtitle,
         first=first,
         others=others,
-        tiles=_tiles(report),
-        sections=[section for section in found if section.name != "environment"],
-        setup=[section for section in found if section.name == "environment"],
-        drawn=_drawn(report, found),
-        captions=CAPTIONS,
-        missing=MISSING_CHARTS,
+        tiles=[(tile.label, tile.figure, tile.basis) for tile in shown.tiles],
+        sections=[section for section in shown.sections if section.name not in shown.setup],
+        setup=[section for section in shown.sections if section.name in shown.setup],
+        drawn=_drawn(shown),
+        captions={name: figure.caption for name, figure in shown.figures.items()},
+        missing={name: figure.missing for name, figure in shown.figures.items() if figure.missing},
         bounds=BOUNDS,
         created=printable(report.get("created") or ""),
         raw=Markup(embedded_json(report)),  # noqa: S704 (escaped by embedded_json)
@@ -69,68 +57,17 @@ def embedded_json(report: Report) -> str:
     return text
 
 
-def _subtitle(report: Report) -> str:
-    model, environment = report.get("model") or {}, report.get("environment") or {}
-    parts = [
-        model.get("architecture"),
-        f"{fmt.parameters(model['parameters'])} parameters" if model.get("parameters") is not None else None,
-        f"{fmt.data_size(model['weight_bytes'])} in {model.get('dtype')}"
-        if model.get("weight_bytes") is not None
-        else None,
-        environment.get("device_name"),
-        "counted from the config, not run" if report.get("config_only") else None,
-    ]
-    return " · ".join(printable(part) for part in parts if part)
-
-
-def _drawn(report: Report, found: tuple[Section, ...]) -> dict[Any, Any]:
-    """Return the SVG of each chart by name, and of each heat map by its block."""
+def _drawn(shown: Document) -> dict[Any, Any]:
+    """Return the SVG of each chart by name, and of each heat map by its title."""
     from markupsafe import Markup
 
     drawings: dict[Any, str | None] = {}
     number = 0
-    for section in found:
+    for section in shown.sections:
         for block in section.blocks:
-            if isinstance(block, Chart) and block.name in CAPTIONS:
-                draw = {"roofline": charts.roofline, "breakdown": charts.breakdown, "kv": charts.kv_curve}[block.name]
-                drawings[block.name] = draw(report)
+            if isinstance(block, Chart) and block.name in shown.figures:
+                drawings[block.name] = shown.figures[block.name].draw()
             elif isinstance(block, HeatMap):
                 drawings[block.title] = charts.heat_map(block, number)
                 number += 1
     return {name: Markup(svg) for name, svg in drawings.items() if svg is not None}  # noqa: S704 (escaped by Svg)
-
-
-def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Return label, figure and what it stands on, for the figures people ask for first."""
-    found: list[tuple[str, str, str]] = []
-    timed = next(iter(items(profile(report, "latency"), "points")), None)
-    if timed is not None:
-        found.append(("Decode", f"{fmt.short(timed.get('tokens_per_second'))} tok/s", where(timed)))
-        ttft = (timed.get("ttft_seconds") or {}).get("p50")
-        found.append(("Time to first token", fmt.seconds(ttft), f"median, {where(timed)}"))
-    points = items(profile(report, "intensity"), "points")
-    for phase, key, label in (("decode", "mbu", "Bandwidth used"), ("prefill", "mfu", "Compute used")):
-        point = main_point(points, phase)
-        if point is not None and point.get(key) is not None:
-            found.append((label, fmt.percent(point[key]), f"{key.upper()} of {phase}, {where(point)}"))
-        elif point is not None:
-            found.append(
-                (
-                    f"{phase.capitalize()} intensity",
-                    fmt.short(point.get("flops_per_byte")),
-                    f"FLOP/byte, {where(point)}",
-                )
-            )
-    kv = profile(report, "kv")
-    if kv is not None and kv.get("bytes_per_token") is not None:
-        found.append(("KV cache", fmt.data_size(kv["bytes_per_token"]), f"a token, {kv.get('dtype')}"))
-    sinks = profile(report, "sinks") or {}
-    rated, _ = quoted_points(sinks)
-    if rated is not None:
-        bos = "with" if rated.get("bos") else "without"
-        epsilon = fmt.short(sinks.get("epsilon"))
-        found.append(("Sink rate", fmt.percent(rated["sink_rate"]), f"ε = {epsilon}, {bos} BOS"))
-    joules = (profile(report, "energy") or {}).get("joules_per_token")
-    if joules is not None:
-        found.append(("Energy", f"{fmt.short(joules)} J", "a decoded token"))
-    return [(label, printable(figure), printable(basis)) for label, figure, basis in found]

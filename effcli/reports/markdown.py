@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports.blocks import Block, Chart, Facts, HeatMap, Report, Table
-from effcli.reports.sections import sections
+from effcli.reports.blocks import Block, Chart, Code, Facts, HeatMap, Report, Section, Table
+from effcli.reports.documents import document
 from effcli.reports.shades import SHADES, downsample, shade
-from effcli.reports.verdict import verdict
 
 _MARKUP = re.compile(r"([\\`*\[\]|])")
 MOST_LAYERS, MOST_HEADS = 64, 32
@@ -24,17 +23,34 @@ def escape(text: str) -> str:
 
 def to_markdown(report: Report) -> str:
     """Return the whole report as Markdown."""
-    source = (report.get("model") or {}).get("source") or "a model"
-    lines = [f"# Profile of {escape(source)}", ""]
-    first, *others = verdict(report)
-    lines += [f"**{escape(first)}**", "", *(f"- {escape(sentence)}" for sentence in others), ""]
-    for section in sections(report):
-        lines += [f"## {escape(section.title)}", ""]
-        for sentence in section.lead:
-            lines += [escape(sentence), ""]
-        for block in section.blocks:
-            lines += _block(block)
+    shown = document(report)
+    lines = [f"# {shown.heading} {escape(shown.name)}", "", *verdict_lines(shown.verdict)]
+    for section in shown.sections:
+        lines += section_lines(section)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def verdict_lines(sentences: tuple[str, ...]) -> list[str]:
+    """Return the first sentence in bold and the others as a list."""
+    first, *others = sentences
+    return [f"**{escape(first)}**", "", *(f"- {escape(sentence)}" for sentence in others), ""]
+
+
+def section_lines(section: Section) -> list[str]:
+    """Return one section."""
+    lines = [f"## {escape(section.title)}", ""]
+    for sentence in section.lead:
+        lines += [escape(sentence), ""]
+    for block in section.blocks:
+        lines += _block(block)
+    return lines
+
+
+def fenced(text: str, language: str = "") -> list[str]:
+    """Return text as a code block that nothing in it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", *text.splitlines(), fence, ""]
 
 
 def _block(block: Block) -> Iterator[str]:
@@ -45,6 +61,8 @@ def _block(block: Block) -> Iterator[str]:
         yield ""
     if isinstance(block, HeatMap):
         yield from _heat_map(block)
+    elif isinstance(block, Code):
+        yield from fenced(block.text, block.language)
     elif isinstance(block, Facts):
         for name, value in block.pairs:
             yield f"- {escape(name)}: {escape(value)}"

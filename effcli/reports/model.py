@@ -15,6 +15,13 @@ from typing import Any
 from effcli.errors import BadInputError
 
 PROFILE_SCHEMA = "effcli.profile/1"
+OPTIMIZE_SCHEMA = "effcli.optimize/1"
+PLAN_SCHEMA = "effcli.plan/1"
+EVAL_SCHEMA = "effcli.eval/1"
+COMPARE_SCHEMA = "effcli.compare/1"
+SCHEMAS = (PROFILE_SCHEMA, OPTIMIZE_SCHEMA, PLAN_SCHEMA, EVAL_SCHEMA, COMPARE_SCHEMA)
+REPORT_FILE = "report.json"
+"""What a checkpoint folder calls its report."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,21 @@ def plain(value: Any) -> Any:
 def read_report(path: Path | str) -> dict[str, Any]:
     """Read a saved report as plain data and check that this version understands it.
 
+    Parameters
+    ----------
+    path : Path or str
+        The file, or the folder of a checkpoint, which means the ``report.json`` in it.
+
     Raises
     ------
     BadInputError
         If the file is missing, is not JSON, or has another schema.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / REPORT_FILE
+        if not path.is_file():
+            raise BadInputError(f"folder '{path.parent}' has no {REPORT_FILE}; name a report or a checkpoint of effcli")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -140,6 +156,6 @@ def read_report(path: Path | str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise BadInputError(f"'{path}' is not a report: not JSON at line {error.lineno}") from None
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != PROFILE_SCHEMA:
-        raise BadInputError(f"'{path}' has schema {schema!r}; this version reads {PROFILE_SCHEMA!r}")
+    if schema not in SCHEMAS:
+        raise BadInputError(f"'{path}' has schema {schema!r}; this version reads {', '.join(SCHEMAS)}")
     return dict(data)

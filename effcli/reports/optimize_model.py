@@ -10,11 +10,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from effcli.reports.model import OPTIMIZE_SCHEMA as OPTIMIZE_SCHEMA
+from effcli.reports.model import PLAN_SCHEMA as PLAN_SCHEMA
 from effcli.reports.model import Environment, ModelInfo, plain
 from passes.base import Figures, KernelUse, PassRecord, Prediction
-
-OPTIMIZE_SCHEMA = "effcli.optimize/1"
-PLAN_SCHEMA = "effcli.plan/1"
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from effcli import formatting as fmt
-from effcli.formatting import printable
-from effcli.reports.blocks import Block, Chart, Facts, HeatMap, Report, Section, Table
-from effcli.reports.sections import sections
+from effcli.reports.blocks import Block, Chart, Code, Facts, HeatMap, Report, Section, Table
+from effcli.reports.documents import document
 from effcli.reports.shades import SHADES, Grid, downsample, shade
-from effcli.reports.verdict import verdict
 
 PIPE_WIDTH = 80
 MOST_WIDTH = 120
@@ -42,14 +40,14 @@ def to_terminal(report: Report, console: Console | None = None) -> str:
 
 
 def _document(report: Report, width: int) -> Iterator[RenderableType]:
-    source = printable((report.get("model") or {}).get("source") or "a model")
-    yield Rule(Text(f"effcli profile · {source}", style="bold"), characters="━", align="left")
+    shown = document(report)
+    yield Rule(Text(f"{shown.command} · {shown.name}", style="bold"), characters="━", align="left")
     yield Text()
-    first, *others = verdict(report)
+    first, *others = shown.verdict
     yield Padding(Text(first, style="bold"), (0, INDENT))
     for sentence in others:
         yield Padding(_bullet(sentence), (0, INDENT))
-    for section in sections(report):
+    for section in shown.sections:
         yield from _section(section, width)
 
 
@@ -77,6 +75,9 @@ def _block(block: Block, width: int) -> Iterator[RenderableType]:
         yield Padding(Text(block.title, style="bold"), (0, INDENT))
     if isinstance(block, HeatMap):
         yield from _heat_map(block, width)
+        return
+    if isinstance(block, Code):
+        yield Padding(Text(block.text, overflow="fold"), (0, INDENT))
         return
     if isinstance(block, Facts):
         grid = RichTable.grid(padding=(0, 2))

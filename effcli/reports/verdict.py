@@ -13,7 +13,14 @@ NOTABLE_WEIGHTS = 0.5  # share of decode's bytes from which weights are what to 
 
 
 def verdict(report: Report) -> list[str]:
-    """Return the sentences of the report, the most pressing first; at least one."""
+    """Return the sentences of any saved report, the most pressing first; at least one."""
+    from effcli.reports.documents import document
+
+    return list(document(report).verdict)
+
+
+def profile_verdict(report: Report) -> list[str]:
+    """Return the sentences of a profile, the most pressing first; at least one."""
     sentences = [
         *_memory(report),
         *_phases(report),

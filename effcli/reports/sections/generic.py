@@ -20,7 +20,7 @@ def section(name: str, result: Any) -> Section:
     if isinstance(result, dict):
         _walk("", result, pairs, tables)
     else:
-        pairs.append(("value", _text(result)))
+        pairs.append(("value", shown_value(result)))
     facts: list[Block] = [Facts("", tuple(pairs))] if pairs else []
     return Section(printable(name), printable(name).replace("_", " ").capitalize(), (), tuple(facts + tables))
 
@@ -33,19 +33,20 @@ def _walk(prefix: str, value: dict[str, Any], pairs: list[tuple[str, str]], tabl
         elif isinstance(item, list) and item and all(isinstance(entry, dict) for entry in item):
             tables.append(_records(path, item))
         else:
-            pairs.append((path, _text(item)))
+            pairs.append((path, shown_value(item)))
 
 
 def _records(title: str, records: list[dict[str, Any]]) -> Table:
     keys = list(dict.fromkeys(key for record in records for key in record))
-    rows = tuple(tuple(_text(record.get(key)) for key in keys) for record in records[:MOST_ROWS])
+    rows = tuple(tuple(shown_value(record.get(key)) for key in keys) for record in records[:MOST_ROWS])
     numeric = [all(isinstance(record.get(key), (int, float)) for record in records) for key in keys]
     notes = (f"{len(records) - MOST_ROWS} more rows in the JSON.",) if len(records) > MOST_ROWS else ()
     heads = tuple(Column(printable(key), flush_right) for key, flush_right in zip(keys, numeric, strict=True))
     return Table(title, heads, rows, notes)
 
 
-def _text(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Return any plain value as one short line of text."""
     if value is None:
         return fmt.MISSING
     if isinstance(value, bool):

@@ -92,7 +92,13 @@ def section(result: Report, report: Report) -> Section:
         )
     if result.get("experts"):
         lead.append(f"Routed experts: {printable(result['experts'])}.")
-    blocks: list[Block] = [Chart("roofline"), _work(points), *_beside(points), _time(points), Chart("breakdown")]
+    blocks: list[Block] = [
+        Chart("roofline"),
+        work_table(points),
+        *_beside(points),
+        time_table(points),
+        Chart("breakdown"),
+    ]
     for phase in ("decode", "prefill"):
         point = main_point(points, phase)
         if point is not None:
@@ -104,7 +110,8 @@ def _place(point: Report) -> tuple[str, str, str]:
     return str(point.get("phase")), fmt.integer(point.get("batch")), fmt.integer(point.get("context"))
 
 
-def _work(points: list[Report]) -> Table:
+def work_table(points: list[Report], title: str = "Work and bytes moved, one forward pass") -> Table:
+    """Show what each point computes and moves."""
     rows = tuple(
         (
             *_place(point),
@@ -128,7 +135,7 @@ def _work(points: list[Report]) -> Table:
             said.setdefault(printable(note), []).append(f"{point.get('phase')}, {where(point)}")
     notes += [f"{note[:1].upper()}{note[1:]} ({'; '.join(places)})." for note, places in said.items()]
     heads = columns("<phase", "batch", "context", "FLOP", "bytes", "weights", "activ.", "KV", "FLOP/B")
-    return Table("Work and bytes moved, one forward pass", heads, rows, unique(notes))
+    return Table(title, heads, rows, unique(notes))
 
 
 def _beside(points: list[Report]) -> list[Block]:
@@ -151,7 +158,8 @@ def _beside(points: list[Report]) -> list[Block]:
     return [Table("Executed against needed", heads, rows, notes)] if rows else []
 
 
-def _time(points: list[Report]) -> Table:
+def time_table(points: list[Report], title: str = "Time against the roofline") -> Table:
+    """Show how far each point is from its roofline."""
     rows = tuple(
         (
             *_place(point),
@@ -167,7 +175,7 @@ def _time(points: list[Report]) -> Table:
     reasons = (f"No time: {printable(point['time_reason'])}" for point in points if point.get("time_reason"))
     heads = columns("<phase", "batch", "context", "time", "roofline", "of roof", "<bound", "MFU", "MBU")
     note = "of roof: roofline time over time measured; 100 % is all that this device can do."
-    return Table("Time against the roofline", heads, rows, unique([note, *reasons]))
+    return Table(title, heads, rows, unique([note, *reasons]))
 
 
 def _op_classes(point: Report) -> Table:

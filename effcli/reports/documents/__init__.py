@@ -1,0 +1,24 @@
+"""From a saved report to the document that every rendering shows; one module for each schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from effcli.reports.blocks import Report
+from effcli.reports.documents import compare, evaluation, optimize, plan, profile
+from effcli.reports.documents.base import Document
+from effcli.reports.model import COMPARE_SCHEMA, EVAL_SCHEMA, OPTIMIZE_SCHEMA, PLAN_SCHEMA
+
+BUILDERS: dict[str, Callable[[Report], Document]] = {
+    OPTIMIZE_SCHEMA: optimize.document,
+    PLAN_SCHEMA: plan.document,
+    EVAL_SCHEMA: evaluation.document,
+    COMPARE_SCHEMA: compare.document,
+}
+
+
+def document(report: Report) -> Document:
+    """Return the document of a saved report, by its schema; a profile's where there is none."""
+    schema = report.get("schema")
+    build = BUILDERS.get(schema, profile.document) if isinstance(schema, str) else profile.document
+    return build(report)

@@ -1,0 +1,163 @@
+"""What the passes did, layer by kind, and what was predicted beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from effcli import formatting as fmt
+from effcli.formatting import printable
+from effcli.reports.blocks import Block, Chart, Facts, Report, Section, Table, columns, items, unique
+from effcli.reports.changes import METRICS, mapping, number
+from effcli.reports.sections.change import figure, signed_percent
+from effcli.reports.sections.generic import shown_value
+
+MISS = 0.2
+MOST_SKIPPED = 24
+LABELS = {metric.key: (metric.label, metric.unit) for metric in METRICS}
+
+
+def passes(report: Report) -> list[Report]:
+    """Return the records of the passes."""
+    return [record for record in items(report, "passes") if isinstance(record, dict)]
+
+
+def layers(record: Report) -> list[Report]:
+    """Return the layers that a pass changed."""
+    return [layer for layer in items(record, "layers") if isinstance(layer, dict)]
+
+
+def section(report: Report) -> Section:
+    """Describe each pass."""
+    blocks: list[Block] = []
+    lead = []
+    for number_, record in enumerate(passes(report)):
+        name = printable(record.get("name"))
+        lead.append(f"{name}: {printable(record.get('summary') or 'the record has no summary')}.".replace("..", "."))
+        blocks.append(_facts(record, name))
+        if layers(record):
+            blocks += [_by_kind(layers(record), name), Chart(f"layers-{number_}")]
+        skipped = [entry for entry in items(record, "skipped") if isinstance(entry, dict)]
+        if skipped:
+            blocks.append(_skipped(skipped, name))
+    if not lead:
+        lead = ["The report holds no pass."]
+    return Section("passes", "What was done", tuple(lead), tuple(blocks))
+
+
+def _facts(record: Report, name: str) -> Facts:
+    seconds = number(record.get("seconds"))
+    pairs = [
+        *((printable(key), shown_value(value)) for key, value in mapping(record.get("parameters")).items()),
+        ("seed", shown_value(record.get("seed"))),
+        ("took", fmt.seconds(seconds)),
+        *((f"version of {printable(key)}", shown_value(value)) for key, value in _items(record.get("versions"))),
+    ]
+    notes = unique(printable(note) for note in items(record, "notes"))
+    return Facts(f"Parameters of {name}", tuple(pairs), notes)
+
+
+def _items(value: Any) -> Sequence[tuple[str, Any]]:
+    return tuple(mapping(value).items())
+
+
+def _by_kind(found: list[Report], name: str) -> Table:
+    kinds: dict[str, list[Report]] = {}
+    for layer in found:
+        kinds.setdefault(printable(layer.get("kind")), []).append(layer)
+    rows = []
+    for kind, members in kinds.items():
+        errors = [(error, layer) for layer in members if (error := number(layer.get("error"))) is not None]
+        worst = max(errors, key=lambda pair: pair[0], default=None)
+        rows.append(
+            (
+                kind,
+                fmt.integer(len(members)),
+                _range([number(layer.get("bits")) for layer in members]),
+                _range([number(layer.get("group_size")) for layer in members]),
+                fmt.significant(median(error for error, _ in errors)) if errors else fmt.MISSING,
+                fmt.significant(worst[0]) if worst else fmt.MISSING,
+                printable(worst[1].get("name")) if worst else fmt.MISSING,
+            )
+        )
+    heads = columns("<kind", "layers", "bits", "group", "error", "worst", "<worst layer")
+    notes = (
+        "error: relative squared error of the layer's output on calibration text (of its weights where that is not "
+        "known), median over layers.",
+    )
+    return Table(f"Layers changed by {name}", heads, tuple(rows), notes)
+
+
+def _range(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return fmt.MISSING
+    low, high = min(known), max(known)
+    return fmt.short(low) if low == high else f"{fmt.short(low)}–{fmt.short(high)}"
+
+
+def _skipped(found: list[Report], name: str) -> Table:
+    by_reason: dict[str, list[str]] = {}
+    for entry in found:
+        by_reason.setdefault(printable(entry.get("reason") or "no reason given"), []).append(
+            printable(entry.get("name"))
+        )
+    rows = tuple(
+        (
+            fmt.integer(len(names)),
+            ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else ""),
+            reason,
+        )
+        for reason, names in list(by_reason.items())[:MOST_SKIPPED]
+    )
+    notes = (f"{len(by_reason) - MOST_SKIPPED} more reasons in the JSON.",) if len(by_reason) > MOST_SKIPPED else ()
+    return Table(f"Left as they were by {name}", columns("layers", "<which", "<why"), rows, notes)
+
+
+def predicted_section(report: Report) -> Section:
+    """Hold what the plan said against what came out."""
+    title = "Predicted beside measured"
+    predicted = report.get("predicted")
+    if not isinstance(predicted, dict):
+        why = printable(report.get("predicted_reason") or "the report does not say why")
+        return Section("predicted", title, (f"Not predicted: {why}.".replace("..", "."),), ())
+    rows, explanations = [], []
+    for metric in items(predicted, "metrics"):
+        if not isinstance(metric, dict):
+            continue
+        label, unit = LABELS.get(str(metric.get("metric")), (printable(metric.get("metric")), "number"))
+        error = number(metric.get("relative_error"))
+        missed = error is not None and abs(error) > MISS
+        rows.append(
+            (
+                label,
+                *(figure(number(metric.get(key)), unit) for key in ("before", "predicted", "measured")),
+                signed_percent(error),
+                fmt.MISSING if error is None else ("missed" if missed else "held"),
+            )
+        )
+        if metric.get("explanation"):
+            explanations.append(f"{label}: {metric['explanation']}")
+        elif missed:
+            explanations.append(f"{label}: missed by more than {fmt.percent(MISS)}; why is not known")
+    rows.append(
+        (
+            "time of the passes",
+            fmt.MISSING,
+            fmt.seconds(number(predicted.get("pass_seconds"))),
+            fmt.seconds(number(predicted.get("measured_pass_seconds"))),
+            *_error(number(predicted.get("pass_seconds")), number(predicted.get("measured_pass_seconds"))),
+        )
+    )
+    heads = columns("<figure", "before", "predicted", "measured", "error", "<plan")
+    notes = unique(printable(note) for note in (*explanations, *items(predicted, "notes")))
+    lead = (f"A prediction that is off by more than {fmt.percent(MISS)} is a miss and is explained below the table.",)
+    return Section("predicted", title, lead, (Table("", heads, tuple(rows), notes),))
+
+
+def _error(predicted: float | None, measured: float | None) -> tuple[str, str]:
+    if predicted is None or not measured:
+        return fmt.MISSING, fmt.MISSING
+    error = predicted / measured - 1
+    return signed_percent(error), "missed" if abs(error) > MISS else "held"
