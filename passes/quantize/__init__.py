@@ -83,7 +83,7 @@ class QuantizePass(Pass):
         group_size = targets.choose_group_size(found.layers, parameters)
         require_extra()
         with quiet_libraries():
-            from passes.quantize import modifiers, saving
+            from passes.quantize import saving
 
             if found.experts:
                 saving.check_experts(model, parameters.scheme, symmetric=parameters.symmetric)
@@ -92,11 +92,6 @@ class QuantizePass(Pass):
                     f"{type(model).__name__} has an encoder and a decoder, which calibration does not handle; "
                     "use method=rtn, which needs none"
                 )
-            for method in ("awq", "smoothquant"):
-                if method in parameters.chosen_method:
-                    reason = modifiers.check_smoothable(model, method)
-                    if reason is not None:
-                        raise PassError(f"{reason}; use method=gptq")
         if parameters.scheme in ("nvfp4", "mxfp4") and str(model.dtype) != "torch.bfloat16":
             raise PassError(
                 f"scheme={parameters.scheme} is read back in bfloat16 only, and the model is {model.dtype}; "

@@ -43,6 +43,7 @@ from transformers import PreTrainedModel
 
 from passes.base import PassError
 from passes.quantize.modifiers import InputsDivergedError, SharedGPTQ
+from passes.quantize.smoothing import PROBE_TOKENS, SpooledAWQ, check_identity
 from passes.quantize.spool import Spool
 from profilers.base import Progress, Task
 
@@ -78,6 +79,7 @@ _TRACE_ERRORS = (
 )
 LAYERS = "layers"
 SPOOL = "activations"
+AWQ = "awq"
 _FOLDER_PREFIX = "calibration-"
 
 
@@ -191,9 +193,14 @@ def with_text(
         stack.enter_context(moe_calibration_context())
         stack.enter_context(_session(model, modifiers, batches))
         subgraphs = _cut(model, batches[0])
+        for modifier in modifiers:
+            if isinstance(modifier, SpooledAWQ):
+                modifier.keep_in(folder / AWQ, device)
         LifecycleCallbacks.calibration_start()
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
+        if rewrites_norms:
+            check_identity(model, modifiers, batches[0][:1, :PROBE_TOKENS].to(model.device))
         run = _Run(model, modifiers, subgraphs, len(batches), folder, device)
         result = run.go(batches, progress)
         LifecycleCallbacks.calibration_end()

@@ -13,7 +13,6 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from pydantic import PrivateAttr
 from torch import nn
@@ -21,6 +20,7 @@ from torch import nn
 from passes.base import Skipped
 from passes.quantize import schemes
 from passes.quantize.parameters import QuantizeParameters
+from passes.quantize.smoothing import SpooledAWQ
 from passes.quantize.targets import TargetLayer
 
 SMOOTHING_STRENGTH = 0.8  # alpha of SmoothQuant; its authors' choice for LLaMA-like models
@@ -146,7 +146,7 @@ def build(
     if method == "rtn":
         return [QuantizationModifier(**settings)]
     if method == "awq":
-        return [AWQModifier(), QuantizationModifier(**settings)]
+        return [SpooledAWQ(), QuantizationModifier(**settings)]
     actorder = None if parameters.actorder == "none" else parameters.actorder
     gptq = SharedGPTQ(**settings, actorder=actorder, dampening_frac=parameters.dampening)
     if method == "smoothquant+gptq":
@@ -183,19 +183,3 @@ def _scheme(
         parameters.scheme, bits=bits, group_size=group_size, symmetric=parameters.symmetric
     )
     return QuantizationScheme(targets=targets, weights=QuantizationArgs(**arguments))
-
-
-def check_smoothable(model: nn.Module, method: str) -> str | None:
-    """Say why AWQ or SmoothQuant cannot be applied: it is not known which norms feed which layers."""
-    from llmcompressor.modifiers.transform.awq.dynamic_mappings import AWQ_DYNAMIC_MAPPING_REGISTRY
-    from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
-    from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY
-    from llmcompressor.modifiers.transform.smoothquant.utils import MAPPINGS_REGISTRY
-
-    name = type(model).__name__
-    known = (
-        {**AWQ_DYNAMIC_MAPPING_REGISTRY, **AWQ_MAPPING_REGISTRY}
-        if method == "awq"
-        else {**SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY, **MAPPINGS_REGISTRY}
-    )
-    return None if name in known else f"llm-compressor does not know which norms of {name} feed which layers"

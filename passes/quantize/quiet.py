@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ from passes.base import MissingExtraError
 _SWITCH = "LLM_COMPRESSOR_LOG_DISABLED"
 _METRIC = "METRIC"  # a log level that llm-compressor uses, and defines only where it sets up logging
 _silenced: list[bool] = []  # not empty where the libraries were imported here, and so never logged
+_TORCH_LOGGER = "torch.fx._symbolic_trace"  # warns on every trace that a function of its own is deprecated
 _LOGGERS = ("llmcompressor", "compressed_tensors")
 
 
@@ -62,6 +64,9 @@ def quiet_libraries() -> Iterator[None]:
             logger.disable(name)
             if not _silenced:
                 stack.callback(logger.enable, name)
+        tracing = logging.getLogger(_TORCH_LOGGER)
+        stack.callback(tracing.setLevel, tracing.level)
+        tracing.setLevel(logging.ERROR)
         tqdm.tqdm.__init__ = silent
         stack.callback(setattr, tqdm.tqdm, "__init__", original)
         hf_logging.set_verbosity_error()

@@ -82,15 +82,10 @@ def _expert_renamings(model: PreTrainedModel) -> list[Any]:
     ``experts.*.w1.weight, experts.*.w3.weight -> experts.gate_up_proj`` becomes
     ``experts.N.w1. -> experts.N.gate_proj.`` and ``experts.N.w3. -> experts.N.up_proj.``
     """
-    known = getattr(model, "_weight_conversions", None)
-    if known is None:
-        known = [
-            item for item in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(item, PrefixChange)
-        ]
     kept: list[Any] = []
     parts: dict[str, str] = {}
-    for item in known:
-        if not isinstance(item, WeightConverter) or not any("experts" in pattern for pattern in item.target_patterns):
+    for item in _conversions(model):
+        if not _fuses_experts(item):
             kept.append(item)
             continue
         sources = [pattern for pattern in item._original_source_patterns if ".*." in pattern]
@@ -113,6 +108,20 @@ def _expert_renamings(model: PreTrainedModel) -> list[Any]:
         if name != stored
     ]
     return [*kept, *renamings]
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    """Return how names and tensors of a checkpoint become the model's, as transformers would invert it on saving."""
+    known: list[Any] | None = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        return known
+    return [
+        item for item in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(item, PrefixChange)
+    ]
+
+
+def _fuses_experts(conversion: Any) -> bool:
+    return isinstance(conversion, WeightConverter) and any("experts" in item for item in conversion.target_patterns)
 
 
 def compress(model: PreTrainedModel) -> None:
@@ -149,6 +158,9 @@ def write(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], *, sh
     Peak memory is the model and one shard: transformers' own saving walks over references, and each shard is
     serialized by itself.
     """
+    if any(is_fused_experts(module) for module in model.modules()):
+        # Transformers reads plain experts beside packed layers only as it holds them: fused.
+        model._weight_conversions = [item for item in _conversions(model) if not _fuses_experts(item)]
     model.save_pretrained(folder, max_shard_size=shard_bytes)
     path = folder / "config.json"
     data = json.loads(path.read_text(encoding="utf-8"))

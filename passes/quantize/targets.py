@@ -6,6 +6,7 @@ llm-compressor's ``linearize_moe`` turns them into: the same names before and af
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def find(model: PreTrainedModel, parameters: QuantizeParameters) -> Targets:
 
     head = model.get_output_embeddings()
     shared = _shared_weights(model)
+    by_name = _initialized_by_name(model)
     small = KERNEL_GROUP_SIZES[0] if parameters.kind.scales == "group" else 1
     layers: list[TargetLayer] = []
     skipped: list[Skipped] = []
@@ -121,6 +123,10 @@ def find(model: PreTrainedModel, parameters: QuantizeParameters) -> Targets:
                 skipped.append(Skipped(layer.name, f"shares its weight with {shared[id(module.weight)]}"))
             elif type(module) is not nn.Linear and not layer.expert:
                 skipped.append(Skipped(layer.name, f"a {type(module).__name__}: the format holds plain nn.Linear only"))
+            elif layer.kind in by_name:
+                skipped.append(
+                    Skipped(layer.name, "transformers sets its plain weight by name when it reads a checkpoint")
+                )
             elif layer.in_features < small and not layer.expert:
                 skipped.append(Skipped(layer.name, f"its {layer.in_features} input features are less than one group"))
             else:
@@ -245,6 +251,15 @@ def _unreachable(name: str, module: nn.Module) -> str | None:
         if value.ndim == 3 and "expert" in f"{name} {type(module).__name__}".lower():
             return f"{name}.{key} holds experts of shape {tuple(value.shape)} in a form that cannot be quantized"
     return None
+
+
+def _initialized_by_name(model: PreTrainedModel) -> frozenset[str]:
+    """Return last names of layers whose weight the model's ``_init_weights`` reaches through their parent.
+
+    transformers calls it on every module that a checkpoint did not fill plainly, and a packed layer has no ``weight``.
+    """
+    source = inspect.getsource(type(model)._init_weights)
+    return frozenset(re.findall(r"\bmodule\.(\w+)\.weight\b", source))
 
 
 def _fused_group(name: str, model: PreTrainedModel) -> str:
