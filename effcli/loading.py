@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from effcli import builtin_models, gguf_files
+from effcli import builtin_models, gguf_files, provenance
 from effcli.checkpoint_files import (
     CONFIG,
     WeightFiles,
@@ -27,6 +28,7 @@ from effcli.errors import NoRoomError, SourceError
 from effcli.formatting import data_size
 from effcli.quiet import quiet_transformers
 from effcli.sources import PIPELINE_NOTE, Source
+from passes.base import KernelUse, LoadOptions, LoadRecord
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,7 @@ __all__ = [
 
 # Share of a GPU's free memory that weights may take before they are spread: kernels and activations need the rest.
 GPU_SHARE_FOR_WEIGHTS = 0.95
+COMPRESSED_TENSORS = "compressed-tensors"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -85,6 +88,8 @@ class LoadedModel:
     fingerprint : str or None
         sha256 over the weight files (:func:`effcli.checkpoint_files.fingerprint`); None without weights.
     revision : str or None
+    record : LoadRecord
+        Which kernel runs each class of quantized layers; empty for a model that is not quantized.
     """
 
     model: PreTrainedModel
@@ -99,6 +104,7 @@ class LoadedModel:
     notes: tuple[str, ...]
     fingerprint: str | None
     revision: str | None
+    record: LoadRecord = LoadRecord()
 
 
 def load(
@@ -106,6 +112,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    kernels: Literal["auto", "plain"] = "auto",
     config_only: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -121,6 +128,8 @@ def load(
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     dtype : str
         ``auto`` or a key of ``DTYPES``.
+    kernels : str
+        For quantized weights: ``auto``, the fastest kernels that the device has; ``plain``, decompressed to ``dtype``.
     config_only : bool
         Build the model on the meta device: shapes without storage. A source of kind ``config`` implies it.
     allow_pickle, trust_remote_code : bool
@@ -150,7 +159,7 @@ def load(
             dtype, opened.config, chosen, stored=opened.stored, dequantized_from=opened.dequantized_from
         )
         notes = [*source.notes, *opened.notes]
-        load_seconds = None
+        load_seconds, record = None, LoadRecord()
         if config_only:
             model = _on_meta(auto, opened.config, torch_dtype, trust_remote_code=trust_remote_code)
             if getattr(opened.config, "quantization_config", None) is not None:
@@ -159,10 +168,12 @@ def load(
             placement, note = _placement(source.spec, opened.needed_bytes(torch_dtype), chosen)
             start = time.perf_counter()
             model, info = opened.load_model(auto, torch_dtype, placement)
+            record = _prepare(source, model, LoadOptions(chosen, torch_dtype, kernels))
             _synchronize(chosen)
             load_seconds = time.perf_counter() - start
             notes += [note] if note else []
             notes += _check_complete(source.spec, info)
+            notes += describe(record)
         model.eval()
         tokenizer, note = opened.load_tokenizer()
         notes += [note] if note else []
@@ -179,7 +190,41 @@ def load(
         notes=tuple(notes),
         fingerprint=None if config_only else fingerprint(opened.weight_files),
         revision=source.revision,
+        record=record,
     )
+
+
+def _prepare(source: Source, model: PreTrainedModel, options: LoadOptions) -> LoadRecord:
+    """Let each pass that made a checkpoint prepare the model to run, and repack weights that are still compressed."""
+    from passes import registry
+
+    assert source.path is not None
+    made = provenance.read(source.path) if source.path.is_dir() else None
+    records = []
+    for done in made.passes if made else ():
+        records.append(registry.load(done.name).from_mapping(done.parameters).load(source.path, model, options))
+    if hasattr(model, "ct_decompress_hook"):  # a checkpoint of another tool, or one whose last pass left it
+        from passes.quantize.kernels import repack
+
+        records.append(repack(model, options))
+    return LoadRecord(
+        kernels=tuple(use for record in records for use in record.kernels),
+        notes=tuple(note for record in records for note in record.notes),
+    )
+
+
+def describe(record: LoadRecord) -> list[str]:
+    """Say which kernels run which layers, one line each."""
+    by_kernel: dict[tuple[str, str | None], list[KernelUse]] = {}
+    for use in record.kernels:
+        by_kernel.setdefault((use.kernel, use.fallback_reason), []).append(use)
+    lines = []
+    for (kernel, reason), uses in by_kernel.items():
+        layers = sum(use.layers for use in uses)
+        names = ", ".join(use.layer_class for use in uses)
+        because = f": {reason}" if reason else ""
+        lines.append(f"{kernel} runs {layers} layer{'s' if layers > 1 else ''} ({names}){because}")
+    return [*lines, *record.notes]
 
 
 class _Folder:
@@ -198,6 +243,12 @@ class _Folder:
         self.config = AutoConfig.from_pretrained(
             config_file, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        quantization = raw.get("quantization_config") or {}
+        self._compressed = quantization.get("quant_method") == COMPRESSED_TENSORS
+        if self._compressed and not config_only and importlib.util.find_spec("compressed_tensors") is None:
+            raise SourceError(
+                f"the weights in '{self._folder}' are compressed; reading them needs: pip install 'effcli[quantize]'"
+            )
         self._weights: WeightFiles | None = None
         self._elements: Counter[str] = Counter()
         if not config_only:
@@ -227,16 +278,21 @@ class _Folder:
 
     def load_model(self, auto: type[Any], dtype: torch.dtype, placement: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         assert self._weights is not None
-        model, info = auto.from_pretrained(
-            self._folder,
-            config=self.config,
-            dtype=dtype,
-            device_map=placement,
-            use_safetensors=not self._weights.pickled,
-            trust_remote_code=self._trust,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with contextlib.ExitStack() as stack:
+            if self._compressed:
+                from passes.quantize.quiet import quiet_libraries
+
+                stack.enter_context(quiet_libraries())
+            model, info = auto.from_pretrained(
+                self._folder,
+                config=self.config,
+                dtype=dtype,
+                device_map=placement,
+                use_safetensors=not self._weights.pickled,
+                trust_remote_code=self._trust,
+                local_files_only=True,
+                output_loading_info=True,
+            )
         return model, info
 
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase | None, str | None]:

@@ -33,6 +33,7 @@ from profilers.cache_prediction import (
 from profilers.device import memory_available_bytes, memory_total_bytes
 from profilers.meta import meta_model
 from profilers.phases import check_batch, check_context, context_limit
+from profilers.weights import weight_bytes_and_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -201,7 +202,7 @@ def measure_kv(
 
     memory, memory_reason = _memory(device)
     available = memory_available_bytes(device) if live and memory is not None else None
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = weight_bytes_and_parameters(model).bytes
     pairs = [(batch, length) for batch in batches for length in chosen]
     predicted = {pair: _predicted(predict, law, *pair) for pair in pairs}
     if available is not None:

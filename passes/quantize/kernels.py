@@ -382,7 +382,8 @@ def _pack_head(model: PreTrainedModel, options: LoadOptions) -> list[str]:
         return []
     tied = layer.weight is getattr(model.get_input_embeddings(), "weight", None)
     ready = Int8Linear(round_to_int8(layer.weight.data, options.dtype), layer.bias, options.dtype)
-    ready.packed_parameters = 0 if tied else ready.packed_parameters
+    if tied:
+        ready.packed_parameters -= layer.weight.numel()
     model.set_output_embeddings(ready)
     beside = " beside the embedding that it is tied to" if tied else ""
     return [

@@ -41,7 +41,8 @@ class PackedLinear(nn.Module, ABC):
     ----------
     in_features, out_features : int
     packed_parameters : int
-        Elements of the weight that is packed; 0 where the module is a second copy of a weight that is counted already.
+        Elements of the weight that is packed and of the bias; without those of a weight that is counted elsewhere,
+        which this is a copy of. See :mod:`profilers.weights`.
     kernel : str
         The op that multiplies.
     """
@@ -53,7 +54,7 @@ class PackedLinear(nn.Module, ABC):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.packed_parameters = in_features * out_features
+        self.packed_parameters = in_features * out_features + (0 if bias is None else bias.numel())
         self.dtype = dtype
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
 
