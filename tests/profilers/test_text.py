@@ -124,17 +124,13 @@ def test_cutting_until_nothing_is_shared():
     assert found.removed_tokens == 80
 
 
-def test_nothing_is_shared_in_random_texts_of_few_letters():
-    checked = 0
+def test_nothing_is_shared_by_texts_of_common_phrases():
+    phrases = [noise(20, seed) for seed in range(8)]
     for seed in range(10):
-        texts = ["".join(random.Random(seed + k).choices(["ab" * 16, "ba" * 8, "c"], k=60)) for k in (0, 100)]
-        try:
-            found = split(*texts)
-        except ProfilerError:
-            continue  # all of it is shared
+        choose = random.Random(seed)
+        found = split("".join(choose.choices(phrases[:6], k=60)), "".join(choose.choices(phrases[3:], k=20)))
         assert not runs(found.calibration) & runs(found.evaluation)
-        checked += found.removed_tokens > 0
-    assert checked
+        assert found.removed_tokens > 0
 
 
 def test_one_text_for_both_is_divided():
