@@ -179,7 +179,7 @@ def profile(
 
             loading.check_dtype_name(dtype)
             chosen, _ = loading.choose_device(device)  # a wrong name is said before anything is fetched
-            trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+            trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
             source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
             config_only = config_only or source.kind == "config"
             selected, skipped = _without_weights(selected, config_only, only is not None)
@@ -310,8 +310,10 @@ def _live(model: PreTrainedModel | LoadedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _model_info(loaded: LoadedModel) -> ModelInfo:
+    from profilers.weights import weight_bytes_and_parameters
+
     config, model = loaded.config.get_text_config(decoder=True), loaded.model
-    parameters = list(model.parameters())  # each shared tensor once
+    weights = weight_bytes_and_parameters(model)
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     head_dim = getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
@@ -320,8 +322,8 @@ def _model_info(loaded: LoadedModel) -> ModelInfo:
         kind=loaded.source.kind,
         architecture=type(model).__name__,
         model_type=loaded.config.model_type,
-        parameters=sum(item.numel() for item in parameters),
-        weight_bytes=sum(item.numel() * item.element_size() for item in parameters),
+        parameters=weights.parameters,
+        weight_bytes=weights.bytes,
         dtype=str(loaded.dtype).removeprefix("torch."),
         dtype_reason=loaded.dtype_reason,
         layers=getattr(config, "num_hidden_layers", None),
