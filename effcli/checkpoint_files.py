@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,8 +233,18 @@ def fingerprint(files: Iterable[Path]) -> str:
     It is the sha256 of the lines that ``sha256sum`` prints for the files in order of name, so that anyone can check it:
     ``LC_ALL=C sha256sum model*.safetensors | sha256sum``. Shards are hashed side by side.
     """
-    ordered = sorted(files, key=lambda path: os.fsencode(path.name))
+    return combined_sha256(sha256_each(files))
+
+
+def sha256_each(files: Iterable[Path]) -> dict[Path, str]:
+    """Return the sha256 of each file, hashed side by side."""
+    ordered = list(files)
     with ThreadPoolExecutor(max_workers=min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(sha256_of, ordered))  # hashing releases the interpreter lock
-    lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, ordered, strict=True))
+        return dict(zip(ordered, pool.map(sha256_of, ordered), strict=True))  # hashing releases the interpreter lock
+
+
+def combined_sha256(digests: Mapping[Path, str]) -> str:
+    """Return the fingerprint of files whose sha256 are known; see :func:`fingerprint`."""
+    ordered = sorted(digests, key=lambda path: os.fsencode(path.name))
+    lines = "".join(f"{digests[path]}  {path.name}\n" for path in ordered)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPERTS = "experts"
-# How fused expert matrices are called once each is a linear layer of its own: (name, share of the output columns).
-_SEPARATE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,13 @@ class Expected:
     optional: bool = False
 
 
-def expected_tensors(model: PreTrainedModel, stored: Collection[str]) -> dict[str, Expected]:
+def expected_tensors(model: PreTrainedModel) -> dict[str, Expected]:
     """Return the tensors that a checkpoint of ``model`` holds, by name on disk.
 
     Parameters
     ----------
     model : PreTrainedModel
         On the meta device.
-    stored : collection of str
-        Names on disk, by which a layer of fused experts is told from one whose experts were made separate.
     """
     import torch
     from transformers.core_model_loading import revert_weight_conversion
@@ -78,15 +73,6 @@ def expected_tensors(model: PreTrainedModel, stored: Collection[str]) -> dict[st
             twins=twins.get(name, frozenset()),
             optional=any(pattern.search(name) for pattern in ignored),
         )
-    separate = _separate_experts(state)
-    for fused, layers in separate.items():
-        if any(name.rpartition(".")[0] == layer.rpartition(".")[0] for name in stored for layer in layers):
-            replaced = {name for name in on_disk if origins.get(name, name) == fused}
-            if replaced & {*layers}:
-                continue  # the names on disk are these already
-            for name in replaced:
-                del expected[name]
-            expected |= layers
     return expected
 
 
@@ -108,33 +94,3 @@ def _origins(model: PreTrainedModel, state: dict[str, Any], on_disk: dict[str, A
             for renamed in revert_weight_conversion(model, {name: tensor}):
                 origins[renamed] = name
     return origins
-
-
-def _separate_experts(state: dict[str, Any]) -> dict[str, dict[str, Expected]]:
-    """Return, for each fused expert tensor, the linear layers that it stands for, by name."""
-    found: dict[str, dict[str, Expected]] = {}
-    for name, tensor in state.items():
-        owner, _, last = name.rpartition(".")
-        matrix = last.removesuffix("_bias")
-        if not owner.endswith(EXPERTS) or matrix not in _SEPARATE:
-            continue
-        bias = last.endswith("_bias")
-        names = _SEPARATE[matrix]
-        count, sizes = tensor.shape[0], list(tensor.shape[1:])
-        if not bias and _is_transposed(state, owner):
-            sizes.reverse()
-        sizes[0] //= len(names)
-        found[name] = {
-            f"{owner}.{index}.{part}.{'bias' if bias else 'weight'}": Expected(tuple(sizes), linear=not bias)
-            for index in range(count)
-            for part in names
-        }
-    return found
-
-
-def _is_transposed(state: dict[str, Any], owner: str) -> bool:
-    """Say whether fused experts lie as (expert, input, output): then down_proj's output is gate_up_proj's input."""
-    up, down = state.get(f"{owner}.gate_up_proj"), state.get(f"{owner}.down_proj")
-    return up is not None and down is not None and tuple(up.shape[1:]) == (down.shape[2], 2 * down.shape[1])
-
-
