@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 MULTIPLE_CHOICE, CLOZE = "multiple-choice", "cloze"
 
+SAMPLES = 500
+"""Samples of a task that are scored unless told otherwise: enough for an interval of about 4 points each way."""
+
 BATCH_TOKENS = 4_096
 """Tokens in one forward, padding included, unless a single request is longer."""
 
@@ -88,6 +91,8 @@ class TaskResult:
     Attributes
     ----------
     name, kind : str
+    available : int
+        Samples in the file.
     fingerprint : str
         sha256 over the samples: only results on the same ones can be compared.
     correct : dict
@@ -96,6 +101,7 @@ class TaskResult:
 
     name: str
     kind: str
+    available: int
     fingerprint: str
     correct: dict[str, tuple[bool, ...]]
 
@@ -121,6 +127,8 @@ class TaskComparison:
         Paired by sample.
     metric : str
         As lm-evaluation-harness calls it: ``acc``, ``acc_norm``, ``acc_bytes``.
+    available : int or None
+        Samples in the file, of which ``samples`` were drawn.
     """
 
     name: str
@@ -132,19 +140,20 @@ class TaskComparison:
     difference: float | None
     difference_interval: Interval | None
     metric: str = "acc"
+    available: int | None = None
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_task(path: Path, *, limit: int | None = None, seed: int = 0) -> Task:
+def read_task(path: Path, *, limit: int | None = SAMPLES, seed: int = 0) -> Task:
     """Read a task from a JSONL file.
 
     Parameters
     ----------
     path : Path
     limit : int or None
-        Keep this many samples at most, drawn by ``seed``, in the order of the file.
+        Keep this many samples at most, drawn by ``seed``, in the order of the file; None keeps all.
     seed : int
 
     Raises
@@ -242,6 +251,7 @@ def score(
     return TaskResult(
         name=task.name,
         kind=task.kind,
+        available=task.available,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         correct={metric: tuple(flags) for metric, flags in correct.items()},
     )
@@ -409,6 +419,7 @@ def compare(after: TaskResult, before: TaskResult | None = None) -> tuple[TaskCo
                 difference=difference,
                 difference_interval=interval,
                 metric=metric,
+                available=after.available,
             )
         )
     return tuple(comparisons)

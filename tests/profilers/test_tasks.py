@@ -231,14 +231,14 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_samples_are_limited_by_seed_in_the_files_order(tmp_path):
     path = write(tmp_path, [choice(f"q{index}", ["a", "b"]) | {"extra": 1} for index in range(50)], "quiz.jsonl")
-    whole = read_task(path)
+    whole = read_task(path)  # the default limit is larger
     assert (whole.name, whole.available, len(whole.samples)) == ("quiz", 50, 50)
     one, same, other = (read_task(path, limit=10, seed=seed) for seed in (1, 1, 2))
     assert one == same != other
     assert (one.available, len(one.samples)) == (50, 10)
     lines = [sample.line for sample in one.samples]
     assert lines == sorted(set(lines))
-    assert read_task(path, limit=99).samples == whole.samples
+    assert read_task(path, limit=99).samples == read_task(path, limit=None).samples == whole.samples
 
 
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
@@ -251,12 +251,12 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
 
 
 def result(flags, fingerprint="f"):
-    return TaskResult("quiz", "cloze", fingerprint, {"acc": tuple(map(bool, flags))})
+    return TaskResult("quiz", "cloze", 8, fingerprint, {"acc": tuple(map(bool, flags))})
 
 
 def test_comparison_pairs_the_samples():
     (found,) = compare(result([1, 1, 0, 0, 1, 1, 1, 0]), result([1, 1, 1, 0, 0, 1, 1, 1]))
-    assert (found.name, found.kind, found.metric, found.samples) == ("quiz", "cloze", "acc", 8)
+    assert (found.name, found.kind, found.metric, found.samples, found.available) == ("quiz", "cloze", "acc", 8, 8)
     assert (found.before, found.after, found.difference) == (6 / 8, 5 / 8, -1 / 8)
     assert found.interval[0] < 5 / 8 < found.interval[1]
     assert found.difference_interval[0] < -1 / 8 < found.difference_interval[1]
