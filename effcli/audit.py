@@ -15,57 +15,29 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from effcli.checkpoint_files import CONFIG, find_weights, read_json
-from effcli.errors import EffcliError
+from effcli.checkpoint_files import CONFIG, read_json
 from effcli.expected_tensors import Expected, expected_tensors
 from effcli.quantization_claims import Claim, Claims
 from effcli.reports.optimize_model import AuditedClass
+from effcli.stored_tensors import DTYPES, AuditError, Stored, check_finite, read, read_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from passes.base import PassRecord
 
-BLOCK_ELEMENTS = 1 << 24
-"""Elements of a tensor that are looked at together."""
-_DTYPES = {
-    "F64": ("float64", 64), "F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16),
-    "F8_E4M3": ("fp8_e4m3", 8), "F8_E5M2": ("fp8_e5m2", 8), "F8_E8M0": ("fp8_e8m0", 8),
-    "I64": ("int64", 64), "I32": ("int32", 32), "I16": ("int16", 16), "I8": ("int8", 8), "U8": ("uint8", 8),
-    "BOOL": ("bool", 8),
-}  # fmt: skip
 _QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 _PARTS = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "weight_global_scale",
     "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
 _CACHE_PARTS = ("k_scale", "v_scale", "k_zero_point", "v_zero_point", "q_scale")
-_E8M0_NAN = 0xFF
 _LISTED = 3
-
-
-class AuditError(EffcliError):
-    """What was written is not what it should be."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a safetensors file, from its header."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * _DTYPES[self.dtype][1] // 8
 
 
 @dataclass(frozen=True)
@@ -148,7 +120,7 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord]) -
             reason = None
             if not quantized and expected[name].linear and claims.present:
                 reason = _reason(name, expected[name], reasons, claims)
-            label = quantized or _DTYPES[plain[name].dtype][0]
+            label = quantized or DTYPES[plain[name].dtype][0]
             tally = tallies[_class_of(name), label, quantized is not None, reason]
             tally.modules.add(module)
             tally.parameters += math.prod(expected[name].shape)
@@ -156,7 +128,7 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord]) -
             pieces += [tensor] if tensor is not None else []
             tally.stored_bytes += sum(piece.bytes for piece in pieces)
     for item in cache:
-        tally = tallies[item.name.rpartition(".")[2], _DTYPES[item.dtype][0], False, "scale of the KV cache"]
+        tally = tallies[item.name.rpartition(".")[2], DTYPES[item.dtype][0], False, "scale of the KV cache"]
         tally.modules.add(item.name.rpartition(".")[0])
         tally.stored_bytes += item.bytes
         tally.elements += math.prod(item.shape)
@@ -168,41 +140,6 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord]) -
         file_bytes=file_bytes,
         parameters=sum(item.numel() for item in model.parameters()),
     )
-
-
-def read_headers(folder: Path) -> tuple[dict[str, Stored], int]:
-    """Return every tensor that the safetensors files name, and the files' bytes.
-
-    Raises
-    ------
-    AuditError
-        If a tensor is in two files, or the index says otherwise than the files.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    weights = find_weights(folder)
-    if weights is None:
-        raise AuditError(f"'{folder}' holds no weights")
-    stored: dict[str, Stored] = {}
-    for path in weights.files:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    if name in stored:
-                        raise AuditError(f"'{name}' is stored twice, in '{stored[name].file.name}' and '{path.name}'")
-                    view = opened.get_slice(name)
-                    if view.get_dtype() not in _DTYPES:
-                        raise AuditError(f"'{name}' has the unknown type {view.get_dtype()}")
-                    stored[name] = Stored(name, path, view.get_dtype(), tuple(view.get_shape()))
-        except SafetensorError as error:
-            raise AuditError(f"'{path}' is truncated or damaged ({error})") from None
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        said = read_json(index)["weight_map"]
-        for name in sorted({*said, *stored}):
-            if name not in stored or said.get(name) != stored[name].file.name:
-                raise AuditError(f"'{index.name}' and the files disagree on where '{name}' is")
-    return stored, sum(path.stat().st_size for path in weights.files)
 
 
 def _assign(
@@ -274,7 +211,7 @@ def _check_quantized(
     if found != claim.bits:
         raise AuditError(
             f"'{held.name}' is stored at {f'{found:g}' if found else 'an unknown number of'} bits a weight "
-            f"({_DTYPES[held.dtype][0]}, shape {list(held.shape)} for {[rows, columns]}), and {CONFIG} claims "
+            f"({DTYPES[held.dtype][0]}, shape {list(held.shape)} for {[rows, columns]}), and {CONFIG} claims "
             f"{claim.bits}"
         )
     scale = parts.get("weight_scale")
@@ -289,11 +226,11 @@ def _check_quantized(
     if not claim.symmetric and "weight_zero_point" not in parts:
         raise AuditError(f"'{module}' is quantized with zero points as {CONFIG} claims, and has none on disk")
     shape = parts.get("weight_shape")
-    if shape is not None and (values := tuple(int(value) for value in _read(shape).tolist())) != expected.shape:
+    if shape is not None and (values := tuple(int(value) for value in read(shape).tolist())) != expected.shape:
         raise AuditError(f"'{shape.name}' says {list(values)}, the model needs {list(expected.shape)}")
     if claim.kind == "float" and claim.bits == 4:
         return "nvfp4" if scale.dtype == "F8_E4M3" else "mxfp4"
-    return _DTYPES[held.dtype][0] if claim.kind == "float" else f"int{claim.bits}"
+    return DTYPES[held.dtype][0] if claim.kind == "float" else f"int{claim.bits}"
 
 
 def _stored_bits(held: Stored, rows: int, columns: int, claim: Claim) -> float:
@@ -313,7 +250,7 @@ def _stored_bits(held: Stored, rows: int, columns: int, claim: Claim) -> float:
     integer = held.dtype in ("I8", "U8")
     if width != columns or integer != (claim.kind == "int"):
         return 0
-    return _DTYPES[held.dtype][1]
+    return DTYPES[held.dtype][1]
 
 
 def _reason(name: str, expected: Expected, reasons: Mapping[str, str], claims: Claims) -> str:
@@ -358,59 +295,14 @@ def _row(key: tuple[str, str, bool, str | None], tally: _Tally) -> AuditedClass:
 
 def _notes(stored: Mapping[str, Stored], cache: Sequence[Stored], claims: Claims) -> tuple[str, ...]:
     files = len({item.file for item in stored.values()})
-    notes = [f"{len(stored)} tensors in {files} {'file' if files == 1 else 'files'}, each accounted for; none holds NaN"]
+    notes = [
+        f"{len(stored)} tensors in {files} {'file' if files == 1 else 'files'}, each accounted for; none holds NaN"
+    ]
     if cache:
         notes.append(f"{len(cache)} scales of the KV cache are stored with the model")
     if not claims.present:
         notes.append("no quantization is claimed and none was found")
     return tuple(notes)
-
-
-def check_finite(tensors: Iterable[Stored]) -> None:
-    """Look for NaN and infinity in every floating-point tensor, a block at a time.
-
-    Raises
-    ------
-    AuditError
-        Naming the first tensor that holds one.
-    """
-    for tensor in tensors:
-        for block in _blocks(tensor):
-            bad = _count_bad(tensor, block)
-            if bad:
-                raise AuditError(f"'{tensor.name}' holds NaN or infinity on disk ({bad} in the first block that does)")
-
-
-def _count_bad(tensor: Stored, block: Any) -> int:
-    import torch
-
-    if tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and tensor.name.endswith("weight_scale")):
-        return int((block.view(torch.uint8) == _E8M0_NAN).sum())
-    if not block.dtype.is_floating_point:
-        return 0
-    values = block.to(torch.float32) if block.dtype.itemsize == 1 else block
-    return int((~torch.isfinite(values)).sum())
-
-
-def _blocks(tensor: Stored) -> Iterable[Any]:
-    """Yield a tensor's values in blocks of whole rows."""
-    from safetensors import safe_open
-
-    if not tensor.shape or 0 in tensor.shape:
-        yield _read(tensor)
-        return
-    rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
-    with safe_open(tensor.file, framework="pt") as opened:
-        view = opened.get_slice(tensor.name)
-        for start in range(0, tensor.shape[0], rows):
-            yield view[start : start + rows]
-
-
-def _read(tensor: Stored) -> Any:
-    from safetensors import safe_open
-
-    with safe_open(tensor.file, framework="pt") as opened:
-        return opened.get_tensor(tensor.name)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -36,6 +36,12 @@ class NoRoomError(EffcliError):
     exit_code = EXIT_NO_ROOM
 
 
+class InterruptedRunError(EffcliError):
+    """Ctrl-C stopped a run whose finished stages are kept."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 class GateFailedError(EffcliError):
     """The result was measured and a gate that was asked for does not hold; nothing was published."""
 

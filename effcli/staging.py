@@ -206,6 +206,8 @@ class Staging:
                 raise BadInputError(
                     f"output '{self.target}' came into being meanwhile; run again with --resume --force to replace it"
                 )
+            if aside.exists():  # of a run that was stopped after both renames
+                shutil.rmtree(aside)
             self.target.rename(aside)
         self.out.rename(self.target)
         _sync(self.target.parent)
@@ -226,11 +228,13 @@ class Staging:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def already_published(self) -> bool:
-        """Say whether an earlier run renamed its checkpoint into place and was stopped before it could clean up."""
-        expected = self._state.get("published")
-        record = self.target / "effcli.json"
-        return expected is not None and record.is_file() and sha256_of(record) == expected
+    def manifest(self, stage: str) -> dict[str, str]:
+        """Return the sha256 of a finished stage's files, by name."""
+        return dict(self._state["stages"][stage]["files"])
+
+    def drop_work(self, stage: str) -> None:
+        """Remove what a stage kept to resume inside itself."""
+        shutil.rmtree(self.folder / f"{stage}{_WORK_SUFFIX}", ignore_errors=True)
 
     def _write(self) -> None:
         temporary = self.folder / f"{_STATE}.new"
@@ -271,8 +275,8 @@ class Staging:
             if not path.is_file() or sha256_of(path) != expected:
                 what = "is damaged (its sha256 is not the recorded one)" if path.is_file() else "is missing"
                 raise SourceError(
-                    f"staged file '{path}' {what}; remove the folder '{self.path(stage)}' and run again with --resume to "
-                    "redo its stage, or with --force to start again"
+                    f"staged file '{path}' {what}; remove the folder '{self.path(stage)}' and run again with --resume "
+                    "to redo its stage, or with --force to start again"
                 )
 
     def _restore_replaced(self) -> None:
@@ -341,6 +345,14 @@ def open_staging(target: Path, fingerprint: Fingerprint, *, resume: bool, force:
             lock.release()
 
 
+def published_earlier(target: Path) -> bool:
+    """Say whether an earlier run renamed its checkpoint into place and was stopped before it could clean up."""
+    state = _read_state(folder_for(target) / _STATE)
+    expected = None if state is None else state.get("published")
+    record = target / "effcli.json"
+    return expected is not None and record.is_file() and sha256_of(record) == expected
+
+
 def _begun(folder: Path) -> bool:
     """Say whether a stage has left unfinished work of its own."""
     return any(any(work.iterdir()) for work in folder.glob(f"*{_WORK_SUFFIX}") if work.is_dir())
@@ -362,7 +374,13 @@ def _read_state(path: Path) -> dict[str, Any] | None:
 
 def changed(old: Fingerprint, new: Fingerprint) -> str:
     """Say in words what differs between two fingerprints; an empty string where nothing does."""
-    words = {"source": "source file", "recipe": "recipe", "texts": "text", "options": "option", "versions": "version of"}
+    words = {
+        "source": "source file",
+        "recipe": "recipe",
+        "texts": "text",
+        "options": "option",
+        "versions": "version of",
+    }
     lines = []
     for part in dict.fromkeys((*old, *new)):
         before, now = old.get(part, {}), new.get(part, {})

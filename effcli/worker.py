@@ -77,9 +77,7 @@ def run_job(job: str, arguments: Mapping[str, Any], folder: Path, progress: Prog
     """
     request, result, log = (folder / f"{job}.{suffix}" for suffix in ("job.json", "result.json", "log"))
     result.unlink(missing_ok=True)
-    request.write_text(
-        json.dumps({"job": job, "arguments": dict(arguments), "result": str(result)}), encoding="utf-8"
-    )
+    request.write_text(json.dumps({"job": job, "arguments": dict(arguments), "result": str(result)}), encoding="utf-8")
     # The worker imports what this process imports, wherever it runs.
     path = os.pathsep.join(item or os.getcwd() for item in sys.path)
     started = time.time()
@@ -222,9 +220,7 @@ def main(arguments: list[str]) -> int:
         reported = _reported(error)
         if reported is None:
             raise
-        sender.send(
-            "error", module=type(reported).__module__, name=type(reported).__qualname__, message=str(reported)
-        )
+        sender.send("error", module=type(reported).__module__, name=type(reported).__qualname__, message=str(reported))
         return 1
     return 0
 
@@ -238,9 +234,7 @@ def _reported(error: Exception) -> Exception | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return NoRoomError(f"out of memory while measuring: {error}; use a smaller --dtype, --context or --batch")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoRoomError(
-            f"no space left on the disk of '{error.filename}'; free some and run again with --resume"
-        )
+        return NoRoomError(f"no space left on the disk of '{error.filename}'; free some and run again with --resume")
     return None
 
 

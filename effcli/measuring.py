@@ -1,0 +1,310 @@
+"""What the measuring processes of ``effcli optimize`` do: the original before, the written checkpoint after.
+
+::
+
+    before: load the source ── profile ── reference of its logits ── tasks          (worker 1)
+    after:  read the staged folder ── profile ── quality against the reference ── tasks ── compiled decode
+            ── logits of the fast kernels against plain weights                     (worker 2)
+
+Both run through :mod:`effcli.worker`; results are JSON-ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from effcli.errors import SourceError
+from effcli.reports.model import ProfileReport, plain
+from effcli.reports.optimize_model import KernelAgreement
+from profilers.base import NotApplicableError, Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from effcli.loading import LoadedModel
+    from profilers.quality import Reference
+
+PROFILERS = ("latency", "intensity", "kv", "energy")
+SINK_CONTEXT = 64
+SINK_SEQUENCES = 32
+"""Sinks are measured on this many sequences of 64 tokens: enough to see them move, in a few seconds."""
+AGREEMENT_WINDOWS = 2
+"""Windows of text on which the fast kernels are held against plain weights."""
+WINDOWS_FILE = "windows.safetensors"
+REFERENCE_FOLDER = "reference"
+TASK_FILE = "task.json"
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's time to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def before(
+    *,
+    source: Mapping[str, Any],
+    kept_in: str,
+    device: str,
+    dtype: str,
+    batch: int,
+    context: int,
+    seed: int,
+    text_name: str,
+    tasks: str | None,
+    profile: bool,
+    command: str,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure the original and keep what the result is compared with.
+
+    Parameters
+    ----------
+    source : mapping
+        Fields of :class:`effcli.sources.Source`.
+    kept_in : str
+        Folder that holds the windows of text, and takes the reference.
+    profile : bool
+        False where a saved profile is used.
+    device, dtype, batch, context, seed, text_name, tasks, command, allow_pickle, trust_remote_code, progress
+        As in :func:`effcli.pipeline.optimize`.
+
+    Raises
+    ------
+    SourceError
+        If the weights hold NaN or infinity.
+    """
+    from effcli import loading
+    from effcli.quiet import quiet_transformers
+    from effcli.sources import Source
+    from profilers import tasks as scoring
+    from profilers.quality import record_reference
+
+    clock, kept = Clock(), Path(kept_in)
+    with clock.stage("profile"):
+        described = Source(**{**source, "path": Path(source["path"]), "notes": tuple(source["notes"])})
+        loaded = loading.load(
+            described, device=device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
+        _check_finite(loaded.model, described.spec)
+        report = _profile(loaded, batch, context, seed, command, progress) if profile else None
+    quality_reason, task = None, None
+    with clock.stage("quality"), quiet_transformers():
+        try:
+            windows = _read_windows(kept)
+            record_reference(loaded.model, windows, progress=progress).save(kept / REFERENCE_FOLDER)
+        except NotApplicableError as error:
+            quality_reason = str(error)
+        if tasks is not None:
+            wanted = scoring.read_task(Path(tasks), seed=seed)
+            task = plain(scoring.score(loaded.model, loaded.tokenizer, wanted, progress=progress))
+    return {
+        "profile": None if report is None else report.to_dict(),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "notes": list(loaded.notes),
+        "quality_reason": quality_reason,
+        "task": task,
+        "seconds": clock.seconds,
+    }
+
+
+def after(
+    *,
+    checkpoint: str,
+    shown_as: str,
+    before_folder: str,
+    device: str,
+    dtype: str,
+    batch: int,
+    context: int,
+    seed: int,
+    text_name: str,
+    tasks: str | None,
+    task_before: Mapping[str, Any] | None,
+    quality: bool,
+    kernels: Literal["auto", "plain"],
+    compile: bool,
+    parameters: int,
+    command: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Read a written checkpoint back and measure it.
+
+    Parameters
+    ----------
+    checkpoint : str
+        The staged folder: all that is read.
+    shown_as : str
+        Where the checkpoint will be, for the report.
+    before_folder : str
+        Where :func:`before` left windows and reference.
+    task_before : mapping or None
+        What :func:`before` scored.
+    quality : bool
+        False where the original has no reference.
+    parameters : int
+        Of the original model.
+    kernels, compile, device, dtype, batch, context, seed, text_name, tasks, command, trust_remote_code, progress
+        As in :func:`effcli.pipeline.optimize`.
+    """
+    from effcli import checkpoint as checkpoints
+    from effcli.quiet import quiet_transformers
+    from profilers import tasks as scoring
+    from profilers.quality import Reference, measure_quality, record_reference
+
+    clock, kept = Clock(), Path(before_folder)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with clock.stage("profile"):
+        found = checkpoints.load(checkpoint, device=device, dtype=dtype, kernels=kernels, progress=progress, **trust)
+        shown = dataclasses.replace(found.source, source=dataclasses.replace(found.source.source, spec=shown_as))
+        report = _profile(shown, batch, context, seed, command, progress)
+        described = dataclasses.replace(
+            report.model, parameters=parameters, weight_bytes=_held_bytes(found.model), dtype_reason="as before"
+        )
+        report = dataclasses.replace(report, model=described)
+    result: dict[str, Any] = {
+        "profile": report.to_dict(),
+        "kernels": plain(found.record.kernels),
+        "notes": list(found.record.notes),
+        "quality": None,
+        "agreement": None,
+        "agreement_reason": None,
+        "compiled": None,
+    }
+    fast: Reference | None = None
+    with clock.stage("quality"), quiet_transformers():
+        if quality:
+            windows = _read_windows(kept)
+            reference = Reference.load(kept / REFERENCE_FOLDER, found.source.device, **trust)
+            measured = measure_quality(found.model, windows, reference, text_name=text_name, progress=progress)
+            del reference
+            if tasks is not None:
+                task = scoring.score(
+                    found.model, found.tokenizer, scoring.read_task(Path(tasks), seed=seed), progress=progress
+                )
+                measured = dataclasses.replace(measured, tasks=scoring.compare(task, _task_result(task_before)))
+            result["quality"] = plain(measured)
+            if any(use.fallback_reason is None for use in found.record.kernels):
+                fast = record_reference(found.model, windows[:AGREEMENT_WINDOWS], progress=progress)
+            else:
+                result["agreement_reason"] = "every layer runs on plain weights"
+    if compile:
+        with clock.stage("profile"):
+            result["compiled"] = plain(checkpoints.measure_compiled_decode(found.model, context))
+    if fast is not None:
+        del shown, found
+        gc.collect()
+        with clock.stage("quality"), quiet_transformers():
+            simple = checkpoints.load(checkpoint, device=device, dtype=dtype, kernels="plain", **trust)
+            result["agreement"] = plain(
+                logit_agreement(fast, record_reference(simple.model, fast.windows, progress=progress))
+            )
+    return {**result, "seconds": clock.seconds}
+
+
+def logit_agreement(fast: Reference, simple: Reference) -> KernelAgreement:
+    """Compare two recordings of the same windows, a window at a time.
+
+    Parameters
+    ----------
+    fast : Reference
+        Of the model with its kernels.
+    simple : Reference
+        Of the model with plain weights.
+    """
+    error = norm = largest = 0.0
+    agreeing = 0
+    count, length = simple.windows.shape
+    for window in range(count):
+        ours, theirs = (item.logits(window, 0, length).double() for item in (fast, simple))
+        difference = ours - theirs
+        error += difference.square().sum().item()
+        norm += theirs.square().sum().item()
+        largest = max(largest, difference.abs().max().item())
+        agreeing += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+    return KernelAgreement(count * length, math.sqrt(error / norm), largest, agreeing / (count * length))
+
+
+def _profile(
+    loaded: LoadedModel, batch: int, context: int, seed: int, command: str, progress: Progress
+) -> ProfileReport:
+    """Profile at one point; sinks at a short context of their own."""
+    from effcli.api import profile
+    from effcli.quiet import quiet_transformers
+    from profilers.phases import context_limit
+    from profilers.sinks import measure_sinks
+
+    report = profile(
+        loaded, only=PROFILERS, refuse_inapplicable=False, batch=(batch,), context=(context,), seed=seed,
+        progress=progress, command=command,
+    )  # fmt: skip
+    started = time.perf_counter()
+    profiles, skipped = dict(report.profiles), dict(report.skipped)
+    limit = context_limit(loaded.config)
+    try:
+        with quiet_transformers():
+            sinks = measure_sinks(
+                loaded.model, loaded.tokenizer, contexts=(min(SINK_CONTEXT, limit or SINK_CONTEXT),),
+                sequences=SINK_SEQUENCES, seed=seed, progress=progress,
+            )  # fmt: skip
+        profiles["sinks"] = plain(sinks)
+    except NotApplicableError as error:
+        skipped["sinks"] = str(error)
+    spent = report.seconds_spent + time.perf_counter() - started
+    return dataclasses.replace(report, profiles=profiles, skipped=skipped, seconds_spent=spent)
+
+
+def _held_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes that parameters and buffers take in memory, each storage once."""
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _check_finite(model: PreTrainedModel, spec: str) -> None:
+    """Refuse weights that are broken before an hour is spent on them."""
+    import torch
+
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            raise SourceError(
+                f"the weights of '{spec}' hold NaN or infinity in '{name}'; fetch the checkpoint again, or use another"
+            )
+
+
+def _read_windows(folder: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(folder / WINDOWS_FILE)["windows"]
+
+
+def _task_result(data: Mapping[str, Any] | None) -> Any:
+    from profilers.tasks import TaskResult
+
+    if data is None:
+        return None
+    return TaskResult(**{**data, "correct": {name: tuple(flags) for name, flags in data["correct"].items()}})
