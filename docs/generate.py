@@ -1,4 +1,4 @@
-"""Write the generated docs: the CLI reference from the app, the JSON Schema from the dataclasses.
+"""Write the generated docs: the CLI reference from the app, the JSON Schemas from the dataclasses.
 
 ``python docs/generate.py --check`` writes nothing and fails if a file is out of date.
 """
@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import html
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -26,16 +26,19 @@ def cli_reference() -> str:
     return html.unescape(made.stdout).rstrip() + "\n"
 
 
-def profile_schema() -> str:
-    """Return the JSON Schema of a saved profile."""
-    from effcli.reports.schema import profile_schema
+def schema(report: str) -> str:
+    """Return the JSON Schema of a saved report."""
+    from effcli.reports.schema import schema_text
 
-    return json.dumps(profile_schema(), indent=2, ensure_ascii=False) + "\n"
+    return schema_text(report)
 
 
 GENERATED = {
     DOCS / "cli.md": cli_reference,
-    DOCS / "schema" / "effcli.profile-1.schema.json": profile_schema,
+    **{
+        DOCS / "schema" / f"effcli.{report}-1.schema.json": partial(schema, report)
+        for report in ("profile", "optimize", "plan")
+    },
 }
 
 

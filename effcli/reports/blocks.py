@@ -104,6 +104,18 @@ def columns(*titles: str) -> tuple[Column, ...]:
     return tuple(Column(title.removeprefix("<"), numeric=not title.startswith("<")) for title in titles)
 
 
+BAD = ("slower", "worse than", "larger than before", "missed", "failed")
+GOOD = ("smaller", "better", "passed", "held")
+FASTER = " as fast"
+
+
+def tone(cell: str) -> str:
+    """Return ``bad`` or ``good`` for a cell that says so in words, for colour beside the words; else nothing."""
+    if cell.startswith(BAD):
+        return "bad"
+    return "good" if cell.startswith(GOOD) or FASTER in cell else ""
+
+
 def unique(notes: Iterable[str | None]) -> tuple[str, ...]:
     """Return the notes that say something, each once, in order."""
     return tuple(dict.fromkeys(note for note in notes if note))

@@ -332,7 +332,8 @@ def _cell(
     tip = f"{kind}, {place}: {fmt.short(cell.bits)} bits, "
     tip += f"error {fmt.significant(cell.error)}" if cell.error is not None else "error not known"
     tip += f" (the largest of {cell.count})" if cell.count > 1 and cell.error is not None else ""
-    drawing.add("rect", f"cell h{level}", tip, x=x, y=y, width=max(0.5, wide - 1), height=tall - 1)
+    shade = f"h{level}" if cell.error is not None else "none"
+    drawing.add("rect", f"cell {shade}", tip, x=x, y=y, width=max(0.5, wide - 1), height=tall - 1)
     if mixed and wide >= 14:
         kind_of_text = "bits light" if level >= HEAT_LEVELS // 2 else "bits"
         drawing.text(kind_of_text, x + (wide - 1) / 2, y + tall / 2 + 4, fmt.short(cell.bits, 2), "middle")

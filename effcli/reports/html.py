@@ -8,7 +8,7 @@ from typing import Any
 
 from effcli.formatting import printable
 from effcli.reports import charts
-from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Report, Table
+from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Report, Table, tone
 from effcli.reports.documents import document
 from effcli.reports.documents.base import Document
 
@@ -26,6 +26,7 @@ def to_html(report: Report) -> str:
     environment.tests["facts"] = lambda block: isinstance(block, Facts)
     environment.tests["heat_map"] = lambda block: isinstance(block, HeatMap)
     environment.tests["code"] = lambda block: isinstance(block, Code)
+    environment.filters["tone"] = tone
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     shown = document(report)
     first, *others = (sentence.replace(" %", "\u00a0%") for sentence in shown.verdict)

@@ -244,6 +244,7 @@ class OptimizeReport:
     stages: tuple[StageTime, ...]
     overhead_fraction: float
     warnings: tuple[str, ...]
+    output: str | None = None  # the folder as the user named it
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""

@@ -27,33 +27,35 @@ def optimize_verdict(report: Report) -> tuple[str, str, str]:
 
 def gained(report: Report, found: dict[str, Change]) -> str:
     """Say what got smaller or faster, and what did not."""
-    won, level = [], []
-    size = found.get("stored_bytes")
-    if size is not None and size.ratio is not None:
-        bits = number(mapping(report.get("size")).get("bits_per_parameter"))
-        at = f", {fmt.significant(bits)} bits a parameter" if bits is not None else ""
-        text = f"{figure(size.before, 'bytes')} → {figure(size.after, 'bytes')} of weights"
-        if size.status == "better":
-            won.append(f"{text} ({signed_percent(size.ratio - 1)}{at})")
-        else:
-            level.append(f"no smaller ({text})")
-    for key, name in (("tpot_seconds", "decode"), ("ttft_seconds", "the first token")):
+    won, still, level = [], [], []
+    for key, name in (("tpot_seconds", "decode"), ("ttft_seconds", "first token")):
         timed = found.get(key)
         if timed is None or timed.before is None or timed.after is None:
             level.append(f"{name} was not timed on both sides")
         elif timed.status == "better":
             assert timed.ratio is not None
-            won.append(f"{name} {times(1 / timed.ratio)} as fast ({_pace(found, key)})")
+            won.append(f"{name} {times(1 / timed.ratio)} as fast ({_pace(found, key)}{_at(report)})")
         elif timed.status == "noise":
-            level.append(f"{name}: no gain outside noise ({_pace(found, key)}, ±{fmt.percent(timed.noise)})")
+            still.append(f"{name} ({_pace(found, key)})")
         elif timed.status == "unknown":
             level.append(f"{name}: noise not known, so no gain is claimed ({_pace(found, key)})")
+    size = found.get("stored_bytes")
+    if size is not None and size.ratio is not None:
+        bits = number(mapping(report.get("size")).get("bits_per_parameter"))
+        at = f", {fmt.significant(bits)} bits a parameter" if bits is not None else ""
+        text = f"weights {figure(size.before, 'bytes')} → {figure(size.after, 'bytes')}"
+        if size.status == "better":
+            won.append(f"{text} ({signed_percent(size.ratio - 1)}{at})")
+        else:
+            level.append(f"{text}, no smaller")
     memory = found.get("peak_memory_bytes")
     if memory is not None and memory.status == "better" and (memory.ratio or 1.0) <= 1 - NOTABLE_MEMORY:
         won.append(f"peak memory {figure(memory.before, 'bytes')} → {figure(memory.after, 'bytes')}")
-    if won:
-        return f"Gained: {'; '.join([*won, *level])}.{_at(report)}"
-    return f"Gained: no gain outside noise{''.join(f'; {text}' for text in level)}.{_at(report)}"
+    if still:
+        level.insert(0, f"no gain outside noise in {', '.join(still)}")
+    if not won:
+        level.insert(0, "nothing")
+    return f"Gained: {'; '.join([*([', '.join(won)] if won else []), *level])}."
 
 
 def _pace(found: dict[str, Change], key: str) -> str:
@@ -65,14 +67,14 @@ def _pace(found: dict[str, Change], key: str) -> str:
 
 def _at(report: Report) -> str:
     batch, context = number(report.get("batch")), number(report.get("context"))
-    return f" Timed at batch {batch:,}, context {context:,}." if batch is not None and context is not None else ""
+    return f" at batch {batch:,}, context {context:,}" if batch is not None and context is not None else ""
 
 
 def cost(report: Report, found: dict[str, Change]) -> str:
     """Say what got slower, larger or worse."""
     slower = [
         f"{name} {_pace(found, key)}"
-        for key, name in (("tpot_seconds", "decode"), ("ttft_seconds", "the first token"))
+        for key, name in (("tpot_seconds", "decode"), ("ttft_seconds", "first token"))
         if key in found and found[key].status == "worse"
     ]
     parts = [f"slower than before: {', '.join(slower)}"] if slower else []

@@ -1,6 +1,6 @@
-"""The JSON Schema of a saved report, generated from the dataclasses that it is made of.
+"""The JSON Schemas of saved reports, generated from the dataclasses that they are made of.
 
-Regenerate with ``python -m effcli.reports.schema > docs/schema/effcli.profile-1.schema.json``.
+Regenerate with ``python docs/generate.py``; print one with ``python -m effcli.reports.schema profile|optimize|plan``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ import json
 import sys
 from typing import Any
 
-from effcli.reports.model import PROFILE_SCHEMA
+from effcli.reports.model import OPTIMIZE_SCHEMA, PLAN_SCHEMA, PROFILE_SCHEMA
 
-SCHEMA_ID = "effcli.profile-1.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 # What other tools may rely on; the rest may be added to freely. By dataclass name.
-CONTRACT: dict[str, tuple[str, ...]] = {
+PROFILE_CONTRACT: dict[str, tuple[str, ...]] = {
     "ProfileReport": ("schema", "model", "environment", "profiles"),
     "ModelInfo": ("source", "architecture", "parameters", "weight_bytes"),
     "Environment": ("device", "peaks", "versions"),
@@ -36,6 +35,83 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "EnergyResult": ("joules_per_token", "reason"),
     "OutliersResult": (),
 }
+OPTIMIZE_CONTRACT: dict[str, tuple[str, ...]] = {
+    "OptimizeReport": (*("schema", "before", "after", "quality", "size", "predicted", "passes", "audit", "gates"),),
+    "Size": ("before_bytes", "after_bytes", "bits_per_parameter"),
+    "QualityResult": ("perplexity", "kl", "top1_agreement"),
+    "Perplexity": ("before", "after", "interval"),
+    "Divergence": ("mean", "p99"),
+    "PassRecord": ("name", "parameters"),
+    "AuditedClass": ("tensor_class", "dtype", "bits"),
+    "GateResult": ("gate", "measured", "limit", "passed"),
+    "Predicted": ("figures", "metrics"),
+    "Figures": ("weight_bytes", "kv_bytes_per_token", "ttft_seconds", "tpot_seconds", "peak_memory_bytes"),
+}
+PLAN_CONTRACT: dict[str, tuple[str, ...]] = {
+    "PlanReport": ("schema", "model", "measured", "passes"),
+    "PlannedPass": ("name", "parameters", "prediction"),
+    "Prediction": ("figures", "bits_per_parameter", "fits", "slower"),
+    "Figures": ("weight_bytes", "kv_bytes_per_token", "ttft_seconds", "tpot_seconds", "peak_memory_bytes"),
+    "ModelInfo": PROFILE_CONTRACT["ModelInfo"],
+    "Environment": PROFILE_CONTRACT["Environment"],
+    "Peaks": PROFILE_CONTRACT["Peaks"],
+}
+
+
+class _Definitions:
+    """The definitions that a schema's ``$ref`` point to, one for each dataclass."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def reference(self, kind: type) -> dict[str, str]:
+        """Add a dataclass and what it is made of; return a reference to it."""
+        from pydantic import TypeAdapter
+
+        schema = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        self.found.update(schema.pop("$defs", {}))
+        self.found[kind.__name__] = schema
+        return {"$ref": f"#/$defs/{kind.__name__}"}
+
+    def optional(self, kind: type) -> dict[str, Any]:
+        """Return a reference to a dataclass that may be null."""
+        return {"anyOf": [self.reference(kind), {"type": "null"}]}
+
+    def profile(self) -> dict[str, str]:
+        """Add everything that a profile holds."""
+        from effcli.reports.model import ProfileReport
+        from effcli.reports.sections import BUILDERS
+        from profilers.registry import load
+
+        reference = self.reference(ProfileReport)
+        results = {name: self.reference(load(name).result_type) for name in BUILDERS}
+        properties = self.found["ProfileReport"]["properties"]
+        properties["schema"] = {"const": PROFILE_SCHEMA}
+        properties["profiles"] = {
+            "type": "object",
+            "properties": results,
+            "description": "What each instrument found, by its name; other packages may add theirs.",
+        }
+        return reference
+
+    def finished(self, root: str, contract: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Return the schema whose top is the definition called ``root``."""
+        from profilers.peaks import Peaks
+
+        if "Environment" in self.found:
+            self.found["Environment"]["properties"]["peaks"] = self.optional(Peaks)
+        _require_contract(self.found, contract)
+        for definition in self.found.values():
+            _tidy(definition)
+        top = self.found.pop(root)
+        name = top["properties"]["schema"]["const"]
+        return {
+            "$schema": DIALECT,
+            "$id": f"{name.replace('/', '-')}.schema.json",
+            **top,
+            "title": name,
+            "$defs": dict(sorted(self.found.items())),
+        }
 
 
 def profile_schema() -> dict[str, Any]:
@@ -44,49 +120,45 @@ def profile_schema() -> dict[str, Any]:
     Every field that is present must have its type; ``required`` holds the contract only, and any object may hold
     more, so that a field added later leaves older reports valid. Imports the instruments, and with them torch.
     """
-    from pydantic import TypeAdapter
-
-    from effcli.reports.model import ProfileReport
-    from effcli.reports.sections import BUILDERS
-    from profilers.peaks import Peaks
-    from profilers.registry import load
-
-    definitions: dict[str, Any] = {}
-
-    def reference(kind: type) -> dict[str, str]:
-        schema = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
-        definitions.update(schema.pop("$defs", {}))
-        definitions[kind.__name__] = schema
-        return {"$ref": f"#/$defs/{kind.__name__}"}
-
-    reference(ProfileReport)
-    results = {name: reference(load(name).result_type) for name in BUILDERS}
-    definitions["Environment"]["properties"]["peaks"] = {"anyOf": [reference(Peaks), {"type": "null"}]}
-    report = definitions.pop("ProfileReport")
-    report["properties"]["schema"] = {"const": PROFILE_SCHEMA}
-    report["properties"]["profiles"] = {
-        "type": "object",
-        "properties": results,
-        "description": "What each instrument found, by its name; other packages may add theirs.",
-    }
-    _require_contract({**definitions, "ProfileReport": report})
-    for definition in (report, *definitions.values()):
-        _tidy(definition)
-    return {
-        "$schema": DIALECT,
-        "$id": SCHEMA_ID,
-        **report,
-        "title": PROFILE_SCHEMA,
-        "$defs": dict(sorted(definitions.items())),
-    }
+    definitions = _Definitions()
+    definitions.profile()
+    return definitions.finished("ProfileReport", PROFILE_CONTRACT)
 
 
-def _require_contract(definitions: dict[str, Any]) -> None:
-    missing = CONTRACT.keys() - definitions.keys()
+def optimize_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.optimize/1``: the same rules, with whole profiles before and after."""
+    from effcli.reports.optimize_model import OptimizeReport
+    from profilers.quality import QualityResult
+
+    definitions = _Definitions()
+    definitions.reference(OptimizeReport)
+    properties = definitions.found["OptimizeReport"]["properties"]
+    properties["schema"] = {"const": OPTIMIZE_SCHEMA}
+    for side in ("before", "after"):
+        properties[side] = definitions.profile()
+    properties["quality"] = definitions.optional(QualityResult)
+    return definitions.finished("OptimizeReport", {**PROFILE_CONTRACT, **OPTIMIZE_CONTRACT})
+
+
+def plan_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.plan/1``: the same rules."""
+    from effcli.reports.optimize_model import PlanReport
+
+    definitions = _Definitions()
+    definitions.reference(PlanReport)
+    definitions.found["PlanReport"]["properties"]["schema"] = {"const": PLAN_SCHEMA}
+    return definitions.finished("PlanReport", PLAN_CONTRACT)
+
+
+SCHEMA_MAKERS = {"profile": profile_schema, "optimize": optimize_schema, "plan": plan_schema}
+
+
+def _require_contract(definitions: dict[str, Any], contract: dict[str, tuple[str, ...]]) -> None:
+    missing = contract.keys() - definitions.keys()
     if missing:
         raise ValueError(f"the contract names {', '.join(sorted(missing))}, which no result holds any more")
     for name, definition in definitions.items():
-        required = CONTRACT.get(name, ())
+        required = contract.get(name, ())
         absent = set(required) - definition["properties"].keys()
         if absent:
             raise ValueError(f"{name} lost {', '.join(sorted(absent))}, which other tools read")
@@ -104,10 +176,10 @@ def _tidy(definition: dict[str, Any]) -> None:
         definition["description"] = " ".join(definition["description"].partition("\n\n")[0].split())
 
 
-def schema_text() -> str:
-    """Return the schema as the text that is checked in."""
-    return json.dumps(profile_schema(), indent=2, ensure_ascii=False) + "\n"
+def schema_text(report: str = "profile") -> str:
+    """Return a schema as the text that is checked in: of ``profile``, ``optimize`` or ``plan``."""
+    return json.dumps(SCHEMA_MAKERS[report](), indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(schema_text())
+    sys.stdout.write(schema_text(*sys.argv[1:2]))

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from effcli import formatting as fmt
-from effcli.reports.blocks import Block, Chart, Code, Facts, HeatMap, Report, Section, Table
+from effcli.reports.blocks import Block, Chart, Code, Facts, HeatMap, Report, Section, Table, tone
 from effcli.reports.documents import document
 from effcli.reports.shades import SHADES, Grid, downsample, shade
 
@@ -24,6 +24,7 @@ INDENT = 2
 WORD = 16  # text cells up to this long are never broken
 # Light to strong, one for each shading character; chosen to read on dark and on light backgrounds.
 HEAT_STYLES = ("", "blue", "cyan", "yellow", "bold red")
+TONE_STYLES = {"good": "green", "bad": "bold red"}
 BOUND_STYLES = {"memory": "yellow", "compute": "green", "overhead": "red"}
 
 
@@ -105,7 +106,9 @@ def _table(table: Table) -> RichTable:
         else:
             drawn.add_column(Text(column.title), overflow="fold", min_width=WORD)
     for row in table.rows:
-        drawn.add_row(*(Text(cell, style=BOUND_STYLES.get(cell, "")) for cell in row))
+        drawn.add_row(
+            *(Text(cell, style=BOUND_STYLES.get(cell, "") or TONE_STYLES.get(tone(cell), "")) for cell in row)
+        )
     return drawn
 
 

@@ -160,8 +160,8 @@ def sinks_section(before: Report, after: Report, names: tuple[str, str] = ("befo
     moved = crossed / heads > STAYED
     said = "The sinks moved" if moved else "The sinks stayed where they were"
     lead = (
-        f"{said}: at most {crossed:,} of {heads:,} heads are on the other side of ε "
-        f"(moved from {fmt.percent(STAYED)} on).",
+        f"{said}: {crossed:,} of {heads:,} heads are on the other side of ε ({fmt.percent(STAYED)} of them would count "
+        "as moved).",
     )
     rows = tuple(
         (
