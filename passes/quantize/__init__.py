@@ -155,7 +155,8 @@ class QuantizePass(Pass):
 
             allocation = allocate(model, parameters, context, found.layers)
             layouts = dict(allocation.layouts)
-            details["allocation"] = {name: list(layout) for name, layout in layouts.items()}
+            details["allocation"] = allocation.plain()
+            notes += allocation.notes
 
         recipe = modifiers.build(parameters, found.layers, found.skipped, layouts)
         if parameters.needs_calibration:
@@ -163,7 +164,7 @@ class QuantizePass(Pass):
                 model,
                 recipe,
                 batches,
-                folder=calibration.folder_for(context.work, identity),
+                folder=calibration.folder_for(context.work, identity, sorted(layouts.items())),
                 device=context.device,
                 progress=context.progress,
             )

@@ -134,9 +134,9 @@ def scanned(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
-def folder_for(work: Path, identity: str) -> Path:
+def folder_for(work: Path, *identity: Any) -> Path:
     """Return the folder of a run, and remove what runs of another source or recipe left beside it."""
-    folder = work / f"{_FOLDER_PREFIX}{identity[:16]}"
+    folder = work / f"{_FOLDER_PREFIX}{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
     for other in work.glob(f"{_FOLDER_PREFIX}*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
