@@ -1,4 +1,4 @@
-"""Loading to run: every source, quantized checkpoints with their kernels, and files that are not what they should be."""
+"""Loading to run: any source, quantized checkpoints with their kernels, and files that are not what they should be."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_compiled_steps_give_the_eager_logits_and_are_timed_beside_them() -> Non
         torch.testing.assert_close(compiled.step(), state.logits[:, -1], rtol=1e-4, atol=1e-4)
     timing = time_compiled_decode(model, CONTEXT)
     assert timing.reason is None and timing.context == CONTEXT
-    assert timing.compiled_seconds is not None and 0 < timing.compiled_seconds
+    assert timing.compiled_seconds is not None and timing.compiled_seconds > 0
     assert timing.compile_seconds is not None and timing.compile_seconds > timing.compiled_seconds
     assert timing.eager_seconds > 0
 
@@ -49,9 +49,8 @@ def test_a_model_that_cannot_be_compiled_says_so() -> None:
     assert model.generation_config.cache_implementation is None
 
 
-@pytest.mark.parametrize("name", ["jamba", "mamba"])
-def test_without_compiling_the_eager_time_stands_beside_the_reason(name: str) -> None:
-    model = build(name)
+def test_without_compiling_the_eager_time_stands_beside_the_reason() -> None:
+    model = build("mamba")
     timing = time_compiled_decode(model, CONTEXT)
     assert timing.eager_seconds > 0
     assert timing.compiled_seconds is None and timing.compile_seconds is None
