@@ -277,9 +277,9 @@ def _profile(
 
 
 def _held_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes that parameters and buffers take in memory, each storage once."""
+    """Return the bytes that weights take in memory, packed ones included, each storage once."""
     storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in model.state_dict().values():
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

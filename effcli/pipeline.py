@@ -12,6 +12,7 @@ Every stage ends in the staging folder (:mod:`effcli.staging`), so a run that wa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 import time
@@ -129,22 +130,52 @@ def optimize(
         command,
     )  # fmt: skip
     times = Times()
-    with times.stage("check", own=True):
-        job = prepare(model, recipe, Path(output), options, shown)
-        if before is not None:
-            check_saved_profile(job, before, _name_of(job.bare.dtype))
-        fingerprint = job.fingerprint()
-    if dry_run:
-        return dry_runs.dry_run(job, shown)
-    with open_staging(job.target, fingerprint, resume=resume, force=force) as staging:
-        run = Run(job, staging, times, shown, before, on_warning)
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(Workers())
+        with times.stage("check", own=True):
+            if not dry_run:
+                workers.start()  # imports while this process checks
+            job = prepare(model, recipe, Path(output), options, shown)
+            if before is not None:
+                check_saved_profile(job, before, _name_of(job.bare.dtype))
+            fingerprint = job.fingerprint()
+        if dry_run:
+            return dry_runs.dry_run(job, shown)
+        staging = stack.enter_context(open_staging(job.target, fingerprint, resume=resume, force=force))
         try:
-            return run.run()
+            return Run(job, staging, times, workers, shown, before, on_warning).run()
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"interrupted; finished stages are kept in '{staging.folder}': run again with --resume to go on, or "
                 "with --force to start again"
             ) from None
+
+
+class Workers:
+    """Measuring processes, each for one job, the next one started ahead."""
+
+    def __init__(self) -> None:
+        self._ready: worker.Worker | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._ready is not None:
+            self._ready.stop()
+
+    def start(self) -> None:
+        """Start a process unless one is waiting."""
+        if self._ready is None:
+            self._ready = worker.Worker()
+
+    def run(self, job: str, arguments: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+        """Do a job in a fresh process."""
+        self.start()
+        assert self._ready is not None
+        chosen, self._ready = self._ready, None
+        with chosen:
+            return chosen.run(job, arguments, folder, progress)
 
 
 @dataclass
@@ -154,6 +185,7 @@ class Run:
     job: Job
     staging: Staging
     times: Times
+    workers: Workers
     progress: Progress
     saved_profile: Mapping[str, Any] | None
     on_warning: Callable[[str], None] | None
@@ -221,7 +253,7 @@ class Run:
         job, options = self.job, self.job.options
         started = time.perf_counter()
         tasks = job.recipe.evaluation.tasks
-        result = worker.run_job(
+        result = self.workers.run(
             name,
             {
                 "device": str(job.device),
@@ -288,6 +320,8 @@ class Run:
             )
             record = replace(record, seconds=record.seconds or time.perf_counter() - started)
             item.save(loaded.model, folder)
+        if number == len(job.chain):
+            self.workers.start()  # imports while this process writes and audits
         with self.times.stage("writing", own=True), quiet_transformers():
             _write_companions(job, loaded, folder)
             records = [*(provenance.record_from(dict(stage["record"])) for stage in done), record]

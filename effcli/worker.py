@@ -2,8 +2,9 @@
 
 ::
 
-    parent: run_job ── job.json ──> python -m effcli.worker job.json          (fresh interpreter, same sys.path)
-            Progress <── stdout: one JSON object a line ── Progress
+    parent: Worker() ──> python -m effcli.worker      (fresh interpreter, same sys.path; imports, then waits)
+            run      ── path of job.json ──> standard input
+            Progress <── standard output: one JSON object a line ── Progress
             result   <── result.json, renamed into place ── the job's function
             the same error <── {"event": "error", class, message} ── an error that the user can act on
 
@@ -19,13 +20,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from effcli.errors import EXIT_INTERRUPTED, EffcliError, NoRoomError
+from effcli.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EffcliError, NoRoomError
 from passes.base import PassError
 from profilers.base import ProfilerError, SilentProgress
 
@@ -36,6 +38,19 @@ JOBS = {
     "before": "effcli.measuring:before",
     "after": "effcli.measuring:after",
 }
+# Imported while the worker waits; transformers' submodules are slow and come in at first use otherwise.
+_PRELOADED = (
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.generation.utils",
+    "effcli.api",
+    "effcli.checkpoint",
+    "effcli.measuring",
+    "profilers.phases",
+    "profilers.quality",
+    "profilers.sinks",
+    "profilers.timing",
+)
 _ERRORS = (EffcliError, PassError, ProfilerError)
 _ADVANCE_SECONDS = 0.1
 """Steps of a progress line are sent at most this often."""
@@ -47,68 +62,93 @@ class WorkerError(Exception):
     """A worker stopped in a way that the user cannot act on: a bug."""
 
 
-def run_job(job: str, arguments: Mapping[str, Any], folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a job in a fresh process and return its result.
+class Worker:
+    """A fresh process that has imported what measuring needs and waits for one job.
 
-    Parameters
-    ----------
-    job : str
-        Key of ``JOBS``.
-    arguments : mapping
-        JSON-ready keyword arguments of the job's function.
-    folder : Path
-        An existing folder for the job's file, its result and what it writes to stderr.
-    progress : Progress, optional
-        Shows what the worker reports.
-
-    Returns
-    -------
-    dict
-        What the function returned, and ``start_seconds``: the time from starting the process to starting the work.
-
-    Raises
-    ------
-    effcli.errors.EffcliError, passes.base.PassError, profilers.base.ProfilerError
-        The error that the job raised, with its class and message.
-    NoRoomError
-        If the system killed the worker.
-    WorkerError
-        If the worker failed otherwise.
+    Starting it early hides the seconds that the imports take. It is a context manager; leaving it ends the process.
     """
-    request, result, log = (folder / f"{job}.{suffix}" for suffix in ("job.json", "result.json", "log"))
-    result.unlink(missing_ok=True)
-    request.write_text(json.dumps({"job": job, "arguments": dict(arguments), "result": str(result)}), encoding="utf-8")
-    # The worker imports what this process imports, wherever it runs.
-    path = os.pathsep.join(item or os.getcwd() for item in sys.path)
-    started = time.time()
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "effcli.worker", str(request)],
+
+    def __init__(self) -> None:
+        # The worker imports what this process imports, wherever it runs.
+        path = os.pathsep.join(item or os.getcwd() for item in sys.path)
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see stop
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "effcli.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
+            stderr=self._log,
             text=True,
             encoding="utf-8",
             env=os.environ | {"PYTHONPATH": path},
         )
-        try:
-            failure = _relay(process, progress or SilentProgress())
-            code = process.wait()
-        finally:
-            _stop(process)
-    if failure is not None:
-        raise failure
-    if code == 0 and result.is_file():
-        answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        answer["start_seconds"] = max(0.0, answer.pop("started") - started)
-        return answer
-    if code == -signal.SIGKILL:
-        raise NoRoomError(
-            f"the process that measures ('{job}') was killed, as systems do when memory runs out; free some memory, or "
-            "use a smaller --dtype, --context or --batch"
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process if it still runs."""
+        _stop(self._process)
+        self._log.close()
+
+    def run(
+        self, job: str, arguments: Mapping[str, Any], folder: Path, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Do a job and return its result; the worker does one.
+
+        Parameters
+        ----------
+        job : str
+            Key of ``JOBS``.
+        arguments : mapping
+            JSON-ready keyword arguments of the job's function.
+        folder : Path
+            An existing folder for the job's file, its result and, if it fails, what it wrote to stderr.
+        progress : Progress, optional
+            Shows what the worker reports.
+
+        Raises
+        ------
+        effcli.errors.EffcliError, passes.base.PassError, profilers.base.ProfilerError
+            The error that the job raised, with its class and message.
+        NoRoomError
+            If the system killed the worker.
+        WorkerError
+            If the worker failed otherwise.
+        """
+        request, result = (folder / f"{job}.{suffix}" for suffix in ("job.json", "result.json"))
+        result.unlink(missing_ok=True)
+        request.write_text(
+            json.dumps({"job": job, "arguments": dict(arguments), "result": str(result)}), encoding="utf-8"
         )
-    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LOG_LINES:]
-    raise WorkerError(f"the worker of '{job}' stopped with code {code}: {' | '.join(tail) or 'no message'} (see {log})")
+        assert self._process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died while it started; why is in its log
+                self._process.stdin.write(f"{request}\n")
+                self._process.stdin.flush()
+            failure = _relay(self._process, progress or SilentProgress())
+            code = self._process.wait()
+        except BaseException:
+            _stop(self._process)
+            raise
+        if failure is not None:
+            raise failure
+        if code == 0 and result.is_file():
+            answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+            return answer
+        if code == -signal.SIGKILL:
+            raise NoRoomError(
+                f"the process that measures ('{job}') was killed, as systems do when memory runs out; free some "
+                "memory, or use a smaller --dtype, --context or --batch"
+            )
+        self._log.seek(0)
+        text = self._log.read()
+        log = folder / f"{job}.log"
+        log.write_text(text, encoding="utf-8")
+        tail = " | ".join(text.strip().splitlines()[-_LOG_LINES:]) or "no message"
+        raise WorkerError(f"the worker of '{job}' stopped with code {code}: {tail} (see {log})")
 
 
 def _relay(process: subprocess.Popen[str], progress: Progress) -> Exception | None:
@@ -196,33 +236,34 @@ class _SentTask:
             self._steps, self._sent = 0.0, time.monotonic()
 
 
-def main(arguments: list[str]) -> int:
-    """Do the job that a file describes; the file's path is the only argument."""
+def main() -> int:
+    """Import what measuring needs, then do the job whose file the first line of standard input names."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops this process
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with messages
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    line = sys.stdin.readline().strip()
+    if not line:
+        return EXIT_OK
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     sender = _Sender(messages)
-    request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    request = json.loads(Path(line).read_text(encoding="utf-8"))
     module, _, name = JOBS[request["job"]].partition(":")
     try:
         function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
-        import torch  # noqa: F401 - part of starting, not of measuring
-        import transformers  # noqa: F401
-
-        started = time.time()
         result = function(**request["arguments"], progress=sender)
         target = Path(request["result"])
         temporary = target.with_suffix(".new")
-        temporary.write_text(json.dumps({**result, "started": started}, allow_nan=False), encoding="utf-8")
+        temporary.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
         temporary.replace(target)
     except Exception as error:
         reported = _reported(error)
         if reported is None:
             raise
         sender.send("error", module=type(reported).__module__, name=type(reported).__qualname__, message=str(reported))
-        return 1
-    return 0
+        return EXIT_BUG
+    return EXIT_OK
 
 
 def _reported(error: Exception) -> Exception | None:
@@ -245,4 +286,6 @@ def _exit_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main()
+    sys.stderr.flush()
+    os._exit(exit_code)  # taking the interpreter apart takes torch a second, and the result is written
