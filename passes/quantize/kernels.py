@@ -44,8 +44,8 @@ INT_MM_TILE = 8
 SCALED_MM_TILE = 16
 FP8_CAPABILITY = (8, 9)
 INT4_CAPABILITY = (8, 0)
-HEAD_BLOCK = 4096
-"""Rows of the output head that are rounded at a time."""
+ROUNDED_ROWS = 4096
+"""Rows of a weight that are rounded at a time."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def repack(model: PreTrainedModel, options: LoadOptions, *, head: Head = "int8")
         del model.ct_decompress_hook
     uses.update(_fused_experts(model))
     if head == "int8" and options.kernels == "auto":
-        notes += _pack_head(model, options)
+        notes += pack_head(model, options)
     if uses:
         uses.update(_others(model, uses))
     kernels = tuple(
@@ -371,8 +371,14 @@ def _fused_experts(model: PreTrainedModel) -> Uses:
     return uses
 
 
-def _pack_head(model: PreTrainedModel, options: LoadOptions) -> list[str]:
-    """Run an output head that is not quantized from an int8 copy, where the layers run packed on a CPU."""
+def pack_head(model: PreTrainedModel, options: LoadOptions) -> list[str]:
+    """Run an output head that is not quantized from an int8 copy, where the layers run packed on a CPU.
+
+    Returns
+    -------
+    list of str
+        A note that says so; empty where the head stays as it is.
+    """
     layer = model.get_output_embeddings()
     packed = any(isinstance(module, PackedLinear) for module in model.modules())
     if type(layer) is not nn.Linear or not packed or layer.weight.device.type != "cpu":
@@ -381,7 +387,7 @@ def _pack_head(model: PreTrainedModel, options: LoadOptions) -> list[str]:
     if choice.reason is not None:
         return []
     tied = layer.weight is getattr(model.get_input_embeddings(), "weight", None)
-    ready = Int8Linear(round_to_int8(layer.weight.data, options.dtype), layer.bias, options.dtype)
+    ready = Int8Linear(round_rows(layer.weight.data, 8, None, options.dtype), layer.bias, options.dtype)
     if tied:
         ready.packed_parameters -= layer.weight.numel()
     model.set_output_embeddings(ready)
@@ -392,19 +398,60 @@ def _pack_head(model: PreTrainedModel, options: LoadOptions) -> list[str]:
     ]
 
 
-def round_to_int8(weight: torch.Tensor, scale_dtype: torch.dtype) -> Integers:
-    """Round a weight to int8 with one scale a row, in blocks of rows so that no float32 copy of it is made.
+def quantize_linear(layer: nn.Linear, bits: int, group_size: int | None, dtype: torch.dtype) -> nn.Module:
+    """Round a layer's weight to the nearest and put it on the kernel of its device, without a file between.
 
-    The scale is a row's largest absolute value / 127, rounded to ``scale_dtype`` before the row is divided by it.
+    Parameters
+    ----------
+    layer : nn.Linear
+    bits : int
+        2 to 8.
+    group_size : int or None
+        Columns that share a scale; None for whole rows.
+    dtype : torch.dtype
+        Of activations.
+
+    Returns
+    -------
+    nn.Module
+        A :class:`passes.quantize.linears.PackedLinear`, or a plain layer where no kernel takes the shape.
     """
-    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(weight.shape[0], 1, dtype=scale_dtype, device=weight.device)
-    for start in range(0, weight.shape[0], HEAD_BLOCK):
-        block = weight[start : start + HEAD_BLOCK].float()
-        scale = (block.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(scale_dtype).tiny).to(scale_dtype)
-        scales[start : start + HEAD_BLOCK] = scale
-        values[start : start + HEAD_BLOCK] = (block / scale.float()).round().clamp_(-127, 127).to(torch.int8)
-    return Integers(values, scales, None, 8)
+    weight = layer.weight.data
+    choice = choose(bits, "int", group_size, layer.out_features, layer.in_features, weight.device, dtype)
+    rounded = round_rows(weight, bits, group_size, weight.dtype)
+    bias = None if layer.bias is None else layer.bias.data
+    if choice.reason is not None:
+        return _plain_linear(rounded.dequantize(dtype), bias)
+    return _packed(choice, rounded, bias)
+
+
+def round_rows(weight: torch.Tensor, bits: int, group_size: int | None, scale_dtype: torch.dtype) -> Integers:
+    """Round a weight to the nearest integers, in blocks of rows so that no float32 copy of the whole is made.
+
+    A scale is the largest absolute value of its group / (2^(bits-1) - 1), rounded to ``scale_dtype`` before the group
+    is divided by it.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        Shape (out_features, in_features).
+    bits : int
+    group_size : int or None
+        Columns that share a scale; None for whole rows.
+    scale_dtype : torch.dtype
+    """
+    rows, columns = weight.shape
+    size = group_size or columns
+    limit = (1 << (bits - 1)) - 1
+    values = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(rows, columns // size, dtype=scale_dtype, device=weight.device)
+    for start in range(0, rows, ROUNDED_ROWS):
+        block = weight[start : start + ROUNDED_ROWS].float().view(-1, columns // size, size)
+        scale = (block.abs().amax(dim=-1) / limit).clamp_min(torch.finfo(scale_dtype).tiny).to(scale_dtype)
+        rounded = (block / scale.float().unsqueeze(-1)).round().clamp_(-limit, limit)
+        scales[start : start + ROUNDED_ROWS] = scale
+        values[start : start + ROUNDED_ROWS] = rounded.to(torch.int8).view(-1, columns)
+    return Integers(values, scales, None, bits)
 
 
 def _others(model: PreTrainedModel, known: Uses) -> Uses:

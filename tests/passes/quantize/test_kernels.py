@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from passes.base import KernelUse, LoadOptions, LoadRecord, PassError
 from passes.quantize import kernels
-from passes.quantize.kernels import PLAIN, KernelChoice, choose, random_linear, repack, round_to_int8
+from passes.quantize.kernels import PLAIN, KernelChoice, choose, quantize_linear, random_linear, repack, round_rows
 from passes.quantize.linears import (
     UNPACK_INT4_ROWS,
     UNPACK_INT8_ROWS,
@@ -245,16 +245,24 @@ def test_the_head_runs_from_an_int8_copy(tied: bool, tmp_path: Path) -> None:
     assert size.bytes - weight_bytes_and_parameters(kept).bytes == extra
 
 
-def test_rounding_to_int8_is_the_nearest_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "HEAD_BLOCK", 3)
-    weight = torch.randn(10, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 32)])
+def test_rounding_is_to_the_nearest(monkeypatch: pytest.MonkeyPatch, bits: int, group: int | None) -> None:
+    monkeypatch.setattr(kernels, "ROUNDED_ROWS", 3)
+    weight = torch.randn(10, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     weight[4] = 0
-    rounded = round_to_int8(weight, torch.bfloat16)
-    scales = rounded.scales.double()
-    difference = (exact(rounded) - weight.double()).abs()
-    # A scale that was rounded down leaves the largest value past 127 by at most its rounding.
-    limit = torch.maximum(scales / 2, weight.double().abs().amax(dim=1, keepdim=True) * 2**-8)
-    assert (difference <= limit * 1.0001).all() and (exact(rounded)[4] == 0).all()
+    rounded = round_rows(weight, bits, group, torch.bfloat16)
+    groups = weight.double().view(10, -1, group or 64)
+    difference = (exact(rounded).view_as(groups) - groups).abs()
+    # A scale that was rounded down leaves the largest value past the last integer, by at most the scale's rounding.
+    limit = torch.maximum(rounded.scales.double() / 2, groups.abs().amax(dim=-1) * 2**-8)
+    assert (difference <= limit.unsqueeze(-1) * 1.0001).all() and (exact(rounded)[4] == 0).all()
+    layer = nn.Linear(64, 10, bias=False, dtype=torch.bfloat16)
+    layer.weight.data = weight
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    for dtype, kind in ((torch.bfloat16, PackedLinear), (torch.float32, nn.Linear)):
+        ready = quantize_linear(layer, bits, group, dtype)
+        assert isinstance(ready, kind)
+        assert error(ready(x.to(dtype)), x.double() @ exact(rounded).t()) < LIMITS[dtype]
 
 
 def test_packed_layers_survive_what_models_go_through(tmp_path: Path) -> None:
