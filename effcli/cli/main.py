@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from effcli.cli import compare, doctor, models, optimize, passes, plan, profile, profilers, report
+from effcli.cli import compare, doctor, evaluate, models, optimize, passes, plan, profile, profilers, report
 from effcli.errors import EXIT_BAD_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_NO_ROOM, EXIT_OK, EffcliError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("profile")(profile.command)
 app.command("plan")(plan.command)
 app.command("optimize")(optimize.command)
+app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("report")(report.command)
 app.command("doctor")(doctor.command)

@@ -111,6 +111,7 @@ def command(
             context=context,
             batch=batch,
             progress=progress,
+            on_warning=None if quiet else lambda line: warn((line,)),
             command=shlex.join(["effcli", *sys.argv[1:]]),
         )
     if isinstance(result, DryRun):
@@ -118,8 +119,6 @@ def command(
             for line in result.lines():
                 typer.echo(line)
         return
-    if not quiet:
-        warn(result.warnings)
     if format_ not in (None, Format.human):
         emit(result.to_dict(), format_, [], quiet=quiet)
     elif not quiet:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from passes.base import (
     LayerRecord,
@@ -62,6 +62,12 @@ class QuantizePass(Pass):
     extra = "quantize"
 
     parameters: QuantizeParameters
+
+    @classmethod
+    def alternatives(cls) -> tuple[dict[str, Any], ...]:
+        """Return one entry a scheme: what ``effcli plan`` compares."""
+        schemes = get_args(QuantizeParameters.model_fields["scheme"].annotation)
+        return tuple({"scheme": scheme} for scheme in schemes if scheme != "auto")
 
     @property
     def needs_calibration(self) -> bool:
