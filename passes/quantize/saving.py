@@ -27,7 +27,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
 from passes.base import PassError
-from passes.quantize.schemes import SCHEMES
 from passes.quantize.targets import is_fused_experts
 
 SHARD_BYTES = 2 * 10**9
@@ -166,23 +165,3 @@ def write(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], *, sh
     data = json.loads(path.read_text(encoding="utf-8"))
     data["quantization_config"] = dict(config)
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def expected_tensors(scheme: str) -> tuple[str, ...]:
-    """Return the names of the tensors that a layer has on disk."""
-    kind = SCHEMES[scheme]
-    if scheme == "nvfp4":
-        return ("weight_packed", "weight_scale", "weight_global_scale")
-    if scheme == "mxfp4":
-        return ("weight_packed", "weight_scale")
-    packed = kind.number == "int" and scheme != "w8a8"
-    return ("weight_packed", "weight_scale", "weight_shape") if packed else ("weight", "weight_scale")
-
-
-def quantized_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules with quantized weights, in the model's order."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None
-    ]

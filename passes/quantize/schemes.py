@@ -61,6 +61,11 @@ class Scheme:
     fixed_group: int | None
     methods: tuple[Method, ...]
 
+    @property
+    def packed(self) -> bool:
+        """Whether a layer is stored as ``weight_packed``, without a plain ``weight``."""
+        return self.name not in ("w8a8", "fp8", "fp8-block")
+
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme

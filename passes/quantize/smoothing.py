@@ -122,8 +122,8 @@ def check_identity(model: PreTrainedModel, modifiers: Sequence[Any], ids: torch.
     """Refuse mappings that would change what the model computes.
 
     Norms are divided, and the layers said to read them multiplied, by powers of two, which is exact in floating point:
-    if the mappings are right, what comes out is the same to the bit. llm-compressor guesses mappings from names, and
-    where something else reads the norm too (a router), or the norm is another one (Gemma's), smoothing would destroy the
+    if the mappings are right, what comes out is the same to the bit. llm-compressor guesses mappings from names. Where
+    something else reads the norm too (a router), or the norm is another one (Gemma's), smoothing would destroy the
     model.
 
     Parameters

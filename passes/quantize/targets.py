@@ -95,7 +95,7 @@ def find(model: PreTrainedModel, parameters: QuantizeParameters) -> Targets:
 
     head = model.get_output_embeddings()
     shared = _shared_weights(model)
-    by_name = _initialized_by_name(model)
+    by_name = _initialized_by_name(model) if parameters.kind.packed else frozenset()
     small = KERNEL_GROUP_SIZES[0] if parameters.kind.scales == "group" else 1
     layers: list[TargetLayer] = []
     skipped: list[Skipped] = []
