@@ -41,7 +41,7 @@ def test_reports_go_to_files_and_render_again(effcli: Run, tiny_folder: Path, tm
         (("--eval-text", "none.txt"), "no text file at 'none.txt'"),
         (("--tasks", "none.jsonl"), "no task file at 'none.jsonl'"),
         (("--context", "2048"), "2048 is past the model's limit of 1024"),
-        (("--tokens", "5"), "5 is not in the range"),
+        (("--tokens", "5"), "greater than or equal to 256"),
         (("--dataset", "wikitext:wikitext-2-raw-v1:test"), "cannot read data set 'wikitext:wikitext-2-raw-v1:test'"),
         (("--output", "absent/r.json"), "output folder 'absent' does not exist"),
         (("--against", "no-such-model"), "no-such-model"),
