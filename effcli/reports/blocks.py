@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from effcli.formatting import printable
+
 Report = dict[str, Any]
 
 
@@ -125,6 +127,11 @@ def items(section: Any, key: str) -> list[Any]:
     """Return the list at ``key``, empty where the report has none."""
     found = section.get(key) if isinstance(section, dict) else None
     return found if isinstance(found, list) else []
+
+
+def texts(section: Any, key: str) -> tuple[str, ...]:
+    """Return the notes or warnings at ``key``, each once, on one line."""
+    return unique(printable(entry) for entry in items(section, key) if entry is not None)
 
 
 def profile(report: Report, name: str) -> Report | None:

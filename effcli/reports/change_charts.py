@@ -17,10 +17,12 @@ from effcli.reports.blocks import Report, items, main_point, profile, ratio, whe
 from effcli.reports.changes import Change, mapping, number
 from effcli.reports.charts import HEAT_LEVELS, LEFT, RIGHT, WIDTH, grid_lines, roofs
 from effcli.reports.sections.change import figure, words
+from effcli.reports.sections.generic import named
 from effcli.reports.svg import Labels, LogScale, Svg, decade_above, decade_below
 
-BAR_LEFT, BAR_RIGHT = 150.0, 210.0
-BAR, GROUP = 16.0, 58.0
+BAR_LEFT, BAR_RIGHT = 150.0, 250.0
+CHARACTER = 7.3  # width of a character of a label, at most on average
+BAR = 16.0
 MOST_KINDS = 24
 MOST_COLUMNS = 200
 _LAYER = re.compile(r"\.(\d+)(?=\.|$)")
@@ -54,7 +56,7 @@ def change_bars(found: Sequence[Change], predicted: dict[str, float], before: st
             continue
         if not isinstance(change.after, (int, float)):
             continue
-        remark = words(change)
+        remark = words(change).partition(" (")[0]
         groups.append(
             Bars(
                 change.label,
@@ -123,7 +125,9 @@ def _group(drawing: Svg, group: Bars, top: float, named: bool) -> None:
         last = index == len(solid) - 1
         text = f"{text} · {name}" if named else f"{text} · {group.remark}" if last and group.remark else text
         strong = last and not named
-        drawing.text("label strong" if strong else "label", BAR_LEFT + value * scale + 8, y + 11, _cut(text, 44))
+        x = BAR_LEFT + value * scale + 8
+        shown = _cut(text, int((WIDTH - x) / CHARACTER))
+        drawing.text("label strong" if strong else "label", x, y + 11, shown)
     for name, value, kind in known:
         if kind == "predicted":
             at = BAR_LEFT + value * scale
@@ -252,7 +256,7 @@ def layer_cells(layers: Sequence[Report]) -> tuple[list[str], list[int | None], 
         if number(layer.get("bits")) is None:
             continue
         found = _LAYER.search(str(layer.get("name")))
-        key = (printable(layer.get("kind")), int(found.group(1)[:9]) if found else None)
+        key = (named(layer.get("kind")), int(found.group(1)[:9]) if found else None)
         groups.setdefault(key, []).append(layer)
     cells = {}
     for key, members in groups.items():

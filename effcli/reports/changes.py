@@ -204,7 +204,7 @@ def optimize_sides(report: Report) -> tuple[Side, Side]:
     text = quality.get("text")
     common = {"text": str(text)} if text is not None else {}
     before_bytes, parameters = number(size.get("before_bytes")), number(size.get("parameters"))
-    tasks = [task for task in items(quality, "tasks") if isinstance(task, dict)]
+    tasks = [task for task in items(quality, "tasks") if isinstance(task, dict) and task.get("name")]
 
     before = Side(
         mapping(report.get("before")),
@@ -358,7 +358,7 @@ def paired_intervals(report: Report) -> dict[str, dict[str, tuple[float, float] 
     """Return the intervals that :func:`changes` takes: both sides were measured on the same text and samples."""
     quality = mapping(report.get("quality"))
     perplexity = mapping(quality.get("perplexity"))
-    tasks = [task for task in items(quality, "tasks") if isinstance(task, dict)]
+    tasks = [task for task in items(quality, "tasks") if isinstance(task, dict) and task.get("name")]
     return {
         "ratio_intervals": {"perplexity": interval(perplexity.get("ratio_interval"))},
         "difference_intervals": {str(task.get("name")): interval(task.get("difference_interval")) for task in tasks},

@@ -8,10 +8,11 @@ from typing import Any, cast
 from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports import change_charts
-from effcli.reports.blocks import Block, Chart, Report, Section, Table, columns, items, unique
+from effcli.reports.blocks import Block, Chart, Report, Section, Table, columns, items, texts
 from effcli.reports.changes import Change, interval, mapping, number
 from effcli.reports.documents.base import Document, Figure, Tile
 from effcli.reports.sections import change
+from effcli.reports.sections.generic import named
 
 HEADLINE = ("tpot_seconds", "ttft_seconds", "stored_bytes", "weight_bytes", "peak_memory_bytes", "perplexity")
 
@@ -27,9 +28,9 @@ def read_change(data: Report) -> Change:
     known = ("better", "worse", "noise", "same", "changed", "unknown")
     better = data.get("better")
     return Change(
-        metric=printable(data.get("metric")),
-        label=printable(data.get("label") or data.get("metric")),
-        unit=printable(data.get("unit")),
+        metric=named(data.get("metric")),
+        label=named(data.get("label") or data.get("metric")),
+        unit=named(data.get("unit")),
         better=better if better in ("lower", "higher") else None,
         before=value("before"),
         after=value("after"),
@@ -63,7 +64,7 @@ def document(report: Report) -> Document:
     ]
     mismatches = [entry for entry in items(report, "mismatches") if isinstance(entry, dict)]
     if mismatches:
-        rows = tuple(tuple(printable(entry.get(key)) for key in ("what", "a", "b")) for entry in mismatches)
+        rows = tuple(tuple(named(entry.get(key)) for key in ("what", "a", "b")) for entry in mismatches)
         table = Table("", columns("<what", "<A", "<B"), rows)
         sections.append(Section("mismatches", "Not the same conditions", (), (table,)))
     sections.append(_sides(report, sides))
@@ -107,7 +108,7 @@ def _verdict(found: tuple[Change, ...], mismatches: list[Report], at: str) -> tu
     if groups["noise"]:
         sentences.append(f"Within noise, so no change is claimed: {', '.join(groups['noise'])}.")
     if mismatches:
-        kinds = ", ".join(printable(entry.get("what")) for entry in mismatches)
+        kinds = ", ".join(named(entry.get("what")) for entry in mismatches)
         sentences.append(f"Compared although these differ: {kinds}. The figures do not say what caused a change.")
     return tuple(sentences)
 
@@ -126,10 +127,7 @@ def _tiles(found: tuple[Change, ...]) -> tuple[Tile, ...]:
 
 def _sides(report: Report, sides: list[Report]) -> Section:
     keys = ("name", "path", "schema", "created", "architecture", "device", "dtype", "text")
-    rows = tuple(
-        (key, *(printable(side.get(key)) if side.get(key) is not None else fmt.MISSING for side in sides))
-        for key in keys
-    )
-    notes = unique(printable(note) for note in items(report, "notes"))
+    rows = tuple((key, *(named(side.get(key)) for side in sides)) for key in keys)
+    notes = texts(report, "notes")
     table = Table("What was compared", columns("<", "<A", "<B"), rows, notes)
     return Section("sides", "The two reports", (), (table,))

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports.blocks import Report, Section, items, unique
+from effcli.reports.blocks import Report, Section, items, texts
 from effcli.reports.changes import interval, mapping, number
 from effcli.reports.documents.base import Document, Tile
 from effcli.reports.documents.profile import subtitle
-from effcli.reports.sections import quality, setup
+from effcli.reports.sections import quality, setup, written
 from effcli.reports.sections.change import change_span, signed_percent, span
 
 
 def document(report: Report) -> Document:
     """Build the document."""
     found = report.get("quality")
-    notes = unique(printable(note) for key in ("notes", "warnings") for note in items(report, key))
-    sections = [
-        quality.section(found, report.get("quality_reason")),
-        setup.model(report),
-        setup.environment(report),
-    ]
+    notes = texts(report, "notes")
+    sections = [quality.section(found, report.get("quality_reason"))]
+    against = mapping(report.get("against"))
+    if against:
+        made = setup.model({"model": against})
+        sections.append(Section("against", "The reference", (), made.blocks))
+    if items(report, "kernels"):
+        sections.append(Section("kernels", "Kernels that ran", (), (written.kernel_table(report),)))
+    sections += [setup.model(report), setup.environment(report)]
     if notes:
         sections.append(Section("notes", "Notes", notes, ()))
     return Document(
@@ -31,7 +34,7 @@ def document(report: Report) -> Document:
         verdict=_verdict(found),
         tiles=_tiles(mapping(found)),
         sections=tuple(sections),
-        setup=("model", "environment", "notes"),
+        setup=("against", "model", "environment", "notes"),
     )
 
 

@@ -7,7 +7,20 @@ from functools import partial
 from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports import change_charts
-from effcli.reports.blocks import Block, Chart, Facts, HeatMap, Report, Section, Table, columns, items, profile, unique
+from effcli.reports.blocks import (
+    Block,
+    Chart,
+    Facts,
+    HeatMap,
+    Report,
+    Section,
+    Table,
+    columns,
+    items,
+    profile,
+    texts,
+    unique,
+)
 from effcli.reports.changes import Change, decode_point, mapping, number, optimize_changes, place_of, sink_shifts
 from effcli.reports.documents.base import Document, Figure, Tile
 from effcli.reports.documents.profile import subtitle
@@ -113,7 +126,7 @@ def _sections(report: Report, before: Report, after: Report, found: tuple[Change
         _model(report, before),
         _environment(report, before, after),
     ]
-    warnings = unique(printable(warning) for warning in items(report, "warnings"))
+    warnings = texts(report, "warnings")
     if warnings:
         sections.append(Section("warnings", "Warnings", warnings, ()))
     return tuple(sections)

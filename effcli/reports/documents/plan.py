@@ -8,7 +8,7 @@ from functools import partial
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports.blocks import Block, Chart, Code, Report, Section, Table, columns, items, unique
+from effcli.reports.blocks import Block, Chart, Code, Report, Section, Table, columns, items, texts, unique
 from effcli.reports.change_charts import Bars, grouped_bars
 from effcli.reports.changes import mapping, number
 from effcli.reports.documents.base import Document, Figure, Tile
@@ -230,9 +230,7 @@ def _table_section(report: Report, found: list[Choice]) -> Section:
         for choice in found
     )
     needs = columns("<pass", "<decode here", "KV a token", "its time", "memory", "<fits")
-    notes = unique(
-        f"{choice.label}: {printable(note)}" for choice in found for note in items(choice.prediction, "notes")
-    )
+    notes = unique(f"{choice.label}: {note}" for choice in found for note in texts(choice.prediction, "notes"))
     reasons = unique(
         f"{choice.label} does not apply: {choice.reason or 'no reason given'}" for choice in found if not choice.applies
     )

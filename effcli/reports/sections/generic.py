@@ -45,6 +45,11 @@ def _records(title: str, records: list[dict[str, Any]]) -> Table:
     return Table(title, heads, rows, notes)
 
 
+def named(value: Any) -> str:
+    """Return a name on one line, a dash where the report has none."""
+    return fmt.MISSING if value is None else printable(value)
+
+
 def shown_value(value: Any) -> str:
     """Return any plain value as one short line of text."""
     if value is None:

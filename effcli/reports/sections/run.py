@@ -9,6 +9,7 @@ from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports.blocks import Block, Code, Facts, Report, Section, Table, columns, items
 from effcli.reports.changes import mapping, number
+from effcli.reports.sections.generic import named
 
 SHOWN_DIGITS = 16  # of a sha256; the JSON has all
 
@@ -25,7 +26,7 @@ def gates_section(report: Report) -> Section:
         return Section("gates", "Gates", ('No gate was set; add one with --gate "ppl<=+3%".',), ())
     rows = tuple(
         (
-            printable(gate.get("gate")),
+            named(gate.get("gate")),
             "passed" if gate.get("passed") is True else "failed",
             printable(gate.get("explanation") or fmt.MISSING),
         )
@@ -40,7 +41,7 @@ def stages_section(report: Report) -> Section:
     total = number(report.get("seconds_spent"))
     rows = tuple(
         (
-            printable(stage.get("stage")),
+            named(stage.get("stage")),
             fmt.seconds(number(stage.get("seconds"))),
             fmt.percent((number(stage.get("seconds")) or 0.0) / total) if total else fmt.MISSING,
             "yes" if stage.get("own") is True else "",
@@ -112,6 +113,6 @@ def source_facts(report: Report) -> Facts:
             for key in ("kind", "revision", "licence", "base_model", "quantized")
             if source.get(key)
         ),
-        *((printable(name), f"sha256 {printable(digest)[:SHOWN_DIGITS]}…") for name, digest in files.items()),
+        *((printable(name), f"sha256 {printable(digest)[:SHOWN_DIGITS]}…") for name, digest in files.items() if digest),
     ]
     return Facts("Source", tuple(pairs))

@@ -8,10 +8,10 @@ from typing import Any
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports.blocks import Block, Chart, Facts, Report, Section, Table, columns, items, unique
+from effcli.reports.blocks import Block, Chart, Facts, Report, Section, Table, columns, items, texts, unique
 from effcli.reports.changes import METRICS, mapping, number
 from effcli.reports.sections.change import figure, signed_percent
-from effcli.reports.sections.generic import shown_value
+from effcli.reports.sections.generic import named, shown_value
 
 MISS = 0.2
 MOST_SKIPPED = 24
@@ -33,7 +33,7 @@ def section(report: Report) -> Section:
     blocks: list[Block] = []
     lead = []
     for number_, record in enumerate(passes(report)):
-        name = printable(record.get("name"))
+        name = named(record.get("name"))
         lead.append(f"{name}: {printable(record.get('summary') or 'the record has no summary')}.".replace("..", "."))
         blocks.append(_facts(record, name))
         if layers(record):
@@ -54,7 +54,7 @@ def _facts(record: Report, name: str) -> Facts:
         ("took", fmt.seconds(seconds)),
         *((f"version of {printable(key)}", shown_value(value)) for key, value in _items(record.get("versions"))),
     ]
-    notes = unique(printable(note) for note in items(record, "notes"))
+    notes = texts(record, "notes")
     return Facts(f"Parameters of {name}", tuple(pairs), notes)
 
 
@@ -65,7 +65,7 @@ def _items(value: Any) -> Sequence[tuple[str, Any]]:
 def _by_kind(found: list[Report], name: str) -> Table:
     kinds: dict[str, list[Report]] = {}
     for layer in found:
-        kinds.setdefault(printable(layer.get("kind")), []).append(layer)
+        kinds.setdefault(named(layer.get("kind")), []).append(layer)
     rows = []
     for kind, members in kinds.items():
         errors = [(error, layer) for layer in members if (error := number(layer.get("error"))) is not None]
@@ -78,7 +78,7 @@ def _by_kind(found: list[Report], name: str) -> Table:
                 _range([number(layer.get("group_size")) for layer in members]),
                 fmt.significant(median(error for error, _ in errors)) if errors else fmt.MISSING,
                 fmt.significant(worst[0]) if worst else fmt.MISSING,
-                printable(worst[1].get("name")) if worst else fmt.MISSING,
+                named(worst[1].get("name")) if worst else fmt.MISSING,
             )
         )
     heads = columns("<kind", "layers", "bits", "group", "error", "worst", "<worst layer")
@@ -100,9 +100,7 @@ def _range(values: list[float | None]) -> str:
 def _skipped(found: list[Report], name: str) -> Table:
     by_reason: dict[str, list[str]] = {}
     for entry in found:
-        by_reason.setdefault(printable(entry.get("reason") or "no reason given"), []).append(
-            printable(entry.get("name"))
-        )
+        by_reason.setdefault(printable(entry.get("reason") or "no reason given"), []).append(named(entry.get("name")))
     rows = tuple(
         (
             fmt.integer(len(names)),
@@ -126,7 +124,7 @@ def predicted_section(report: Report) -> Section:
     for metric in items(predicted, "metrics"):
         if not isinstance(metric, dict):
             continue
-        label, unit = LABELS.get(str(metric.get("metric")), (printable(metric.get("metric")), "number"))
+        label, unit = LABELS.get(str(metric.get("metric")), (named(metric.get("metric")), "number"))
         error = number(metric.get("relative_error"))
         missed = error is not None and abs(error) > MISS
         rows.append(
@@ -151,7 +149,7 @@ def predicted_section(report: Report) -> Section:
         )
     )
     heads = columns("<figure", "before", "predicted", "measured", "error", "<plan")
-    notes = unique(printable(note) for note in (*explanations, *items(predicted, "notes")))
+    notes = unique(printable(note) for note in (*explanations, *texts(predicted, "notes")))
     lead = (f"A prediction that is off by more than {fmt.percent(MISS)} is a miss and is explained below the table.",)
     return Section("predicted", title, lead, (Table("", heads, tuple(rows), notes),))
 

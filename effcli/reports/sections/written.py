@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports.blocks import Block, Facts, Report, Section, Table, columns, items, unique
+from effcli.reports.blocks import Block, Facts, Report, Section, Table, columns, items, texts, unique
 from effcli.reports.changes import mapping, number
 from effcli.reports.sections.change import times
+from effcli.reports.sections.generic import named
 
 
 def audit_section(report: Report) -> Section:
@@ -19,8 +20,8 @@ def audit_section(report: Report) -> Section:
         why = "" if entry.get("quantized") else printable(entry.get("reason") or "nothing to quantize")
         rows.append(
             (
-                printable(entry.get("tensor_class")),
-                printable(entry.get("dtype")),
+                named(entry.get("tensor_class")),
+                named(entry.get("dtype")),
                 fmt.significant(number(entry.get("bits"))),
                 fmt.integer(number(entry.get("modules"))),
                 fmt.parameters(number(entry.get("parameters"))),
@@ -29,7 +30,7 @@ def audit_section(report: Report) -> Section:
             )
         )
     heads = columns("<class", "<dtype", "bits", "modules", "param.", "bytes", "<why not quantized")
-    table = Table("", heads, tuple(rows), unique(printable(note) for note in items(report, "audit_notes")))
+    table = Table("", heads, tuple(rows), texts(report, "audit_notes"))
     lead = ["Read back from the bytes on disk, not from what the passes said. Bits: stored, scales included."]
     bits = number(size.get("bits_per_parameter"))
     if bits is not None:
@@ -58,23 +59,28 @@ def source_sentence(report: Report) -> str | None:
     return f"The source was already quantized{at}{named}."
 
 
-def kernels_section(report: Report) -> Section:
-    """Name the kernel of each class of layers, where it fell back, and what compiling decode brings."""
+def kernel_table(report: Report) -> Table:
+    """Name the kernel of each class of layers, and why it fell back where it did."""
     rows = tuple(
         (
-            printable(use.get("layer_class")),
+            named(use.get("layer_class")),
             fmt.integer(number(use.get("layers"))),
-            printable(use.get("kernel")),
+            named(use.get("kernel")),
             printable(use.get("fallback_reason") or fmt.MISSING),
         )
         for use in items(report, "kernels")
         if isinstance(use, dict)
     )
-    heads = columns("<layers of", "count", "<kernel", "<fell back because")
+    return Table("", columns("<layers of", "count", "<kernel", "<fell back because"), rows)
+
+
+def kernels_section(report: Report) -> Section:
+    """Name the kernels, how far they agree with plain weights, and what compiling decode brings."""
     blocks: list[Block] = []
     lead = []
-    if rows:
-        blocks.append(Table("", heads, rows))
+    table = kernel_table(report)
+    if table.rows:
+        blocks.append(table)
     else:
         lead.append("No kernel is recorded: every layer ran as transformers runs it.")
     blocks.append(_agreement(mapping(report.get("kernel_agreement"))))

@@ -15,7 +15,7 @@ import pytest
 
 from effcli.reports.render import render
 
-from . import samples
+from . import optimize_samples, samples
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -147,6 +147,24 @@ def test_narrow_page_does_not_scroll_sideways(name: str, tmp_path: Path) -> None
     assert measured["overflow"] == 0
     assert measured["cards"] >= 4
     assert seen.console == [] and seen.requests == []
+
+
+@pytest.mark.parametrize("name", ["mixed", "hostile", "partial", "plan", "hostile_plan"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_optimize_and_plan_pages_fit_and_are_silent(name: str, width: int, tmp_path: Path) -> None:
+    build = {**optimize_samples.OPTIMIZED, **optimize_samples.PLANS}[name]
+    measured, seen = probe(saved(build(), tmp_path), tmp_path, width)
+    assert seen.console == [] and seen.requests == []
+    assert measured["overflow"] == 0
+    assert "alert(1)" in seen.dom or "hostile" not in name
+    for chart, drawn in measured["charts"].items():
+        left, top, right, bottom = drawn["drawing"]
+        assert left >= -1 and top >= -1, f"{chart} is cut at the left or the top"
+        assert right <= drawn["view"][0] + 1 and bottom <= drawn["view"][1] + 1, f"{chart} is cut"
+    if name == "mixed":
+        assert set(measured["charts"]) == {"changes", "layers-0", "roofline-pair", "sinks-0", "sinks-1"}
+        assert measured["charts"]["roofline-pair"]["marks"] == 4
+        assert measured["charts"]["layers-0"]["cells"] == samples.LAYERS * 7 + 1 + 10  # and the colour scale
 
 
 def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path) -> None:
