@@ -179,8 +179,11 @@ class QuantizePass(Pass):
         setattr(model, _IGNORED, tuple(item.name for item in found.skipped))
 
         records = _records(found, layouts, result, parameters)
-        details |= {"group_size": group_size, "error_of": "outputs" if recipe_has_gptq(parameters) else "weights"}
-        notes += _notes(result, parameters)
+        details |= {
+            "group_size": group_size,
+            "error_of": "outputs" if "gptq" in parameters.chosen_method else "weights",
+        }
+        notes += _notes(found, result, parameters)
         return PassRecord(
             name=self.name,
             parameters=parameters.model_dump(mode="json"),
@@ -209,11 +212,6 @@ class QuantizePass(Pass):
         from passes.quantize.kernels import repack
 
         return repack(model, options)
-
-
-def recipe_has_gptq(parameters: QuantizeParameters) -> bool:
-    """Whether GPTQ rounds the weights, so that errors are those of outputs."""
-    return "gptq" in parameters.chosen_method
 
 
 def _batches(context: PassContext, parameters: QuantizeParameters) -> list[torch.Tensor]:
@@ -263,7 +261,7 @@ def _records(
     )
 
 
-def _notes(result: Calibrated, parameters: QuantizeParameters) -> list[str]:
+def _notes(found: Targets, result: Calibrated, parameters: QuantizeParameters) -> list[str]:
     notes = []
     if result.fallbacks:
         shown = ", ".join(result.fallbacks[:3]) + (", …" if len(result.fallbacks) > 3 else "")
@@ -273,6 +271,12 @@ def _notes(result: Calibrated, parameters: QuantizeParameters) -> list[str]:
         )
     if result.resumed_layers:
         notes.append(f"the first {result.resumed_layers} parts of the model were taken over from an interrupted run")
+    if any("experts=skip" in item.reason for item in found.skipped):
+        notes.append("experts are stored fused, as transformers holds them; other engines may expect them one by one")
+    if found.experts and parameters.scheme == "fp8":
+        notes.append(
+            "transformers turns FP8 experts into bfloat16 when it reads them, and leaves their inputs as they are"
+        )
     if parameters.kv_cache == "fp8":
         notes.append("the FP8 scales of the KV cache are for engines such as vLLM; transformers ignores them")
     return notes

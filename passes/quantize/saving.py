@@ -21,7 +21,6 @@ import torch
 from compressed_tensors.compressors import compress_module
 from compressed_tensors.compressors.format import infer_model_format
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
