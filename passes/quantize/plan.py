@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from passes.base import Figures, ModelProfile, PassError, Prediction
 from passes.quantize import pass_cost, targets
 from passes.quantize.parameters import QuantizeParameters
-from passes.quantize.schemes import stored_bits
+from passes.quantize.schemes import preset, stored_bits
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,11 @@ SLOWER_ABOVE = 1.03
 LARGEST_LINEAR_SHARE = 0.95
 """Of a forward's time that linear layers can take; a short timing on a busy machine may say more."""
 HEAD_BITS = 8
+PHASES = ("decode", "prefill")
+MATMUL = "matmul"
+"""How :mod:`profilers.intensity` calls the class of ops that linear layers run."""
+ROUNDS_ACTIVATIONS = ("int-dynamic", "float", "float-block")
+"""Kinds whose activations are rounded even where the weights are decompressed."""
 
 _KINDS: dict[str, Kind] = {
     "w4a16": "int",
@@ -60,6 +65,15 @@ class _Part:
     @property
     def count(self) -> float:
         return self.layers * self.share
+
+    @property
+    def packed(self) -> bool:
+        return self.choice.reason is None
+
+    @property
+    def runs_otherwise(self) -> bool:
+        """Whether it takes another time than before: packed, or rounding its activations in floating point."""
+        return self.packed or (self.choice.kind in ROUNDS_ACTIVATIONS and not self.layer.expert)
 
 
 def predict(parameters: QuantizeParameters, profile: ModelProfile) -> Prediction:
@@ -98,7 +112,7 @@ def predict(parameters: QuantizeParameters, profile: ModelProfile) -> Prediction
     )
 
     before_bytes = profile.figures.weight_bytes or total * itemsize
-    timing = _Timing(profile, parts, _head(profile, parts))
+    timing = _Timing(profile, parts, _head(profile, parts), preset(parameters.scheme))
     after_bytes = round(before_bytes - itemsize * quantized + timing.held_bytes)
     notes += timing.notes
     tpot = timing.after("decode", profile.figures.tpot_seconds, notes)
@@ -161,7 +175,9 @@ def _parts(
             parts.append(_Part(layer, count, share, bits, size, bias, choice))
     for reason in sorted({part.choice.reason for part in parts if part.choice.reason is not None}):
         kinds = sorted({part.layer.kind for part in parts if part.choice.reason == reason})
-        notes.append(f"{', '.join(kinds)}: weights are decompressed while loading, so they run no faster: {reason}")
+        rounding = any(part.runs_otherwise for part in parts if part.choice.reason == reason)
+        then = ", and rounding activations takes time" if rounding else ""
+        notes.append(f"{', '.join(kinds)}: {reason}, so weights are decompressed while loading and run no faster{then}")
     return parts
 
 
@@ -241,79 +257,122 @@ def _head(profile: ModelProfile, parts: Sequence[_Part]) -> KernelChoice | None:
 
 
 class _Timing:
-    """Times of all linear layers now and after, by phase, and the bytes that they hold after."""
+    """Times of the linear layers that change, now and after, by phase, and the bytes that all targets hold after."""
 
-    def __init__(self, profile: ModelProfile, parts: Sequence[_Part], head: KernelChoice | None) -> None:
-        from passes.quantize.kernels import PLAIN
+    def __init__(
+        self, profile: ModelProfile, parts: Sequence[_Part], head: KernelChoice | None, scheme_preset: str | None
+    ) -> None:
         from passes.quantize.product_times import time_products
 
         self._profile = profile
         self.notes: list[str] = []
-        self._linear: dict[str, tuple[float, float]] = {}
-        changed = [part for part in parts if part.choice.kernel != PLAIN]
+        self._seconds: dict[str, tuple[float, float]] = {}
+        self._share: dict[str, float | None] = {}
         itemsize = profile.dtype.itemsize
-        unchanged = sum(p.count * p.layer.parameters for p in parts if p.choice.kernel == PLAIN) * itemsize
-        self.held_bytes: float = unchanged
-        self.transient_bytes = 0
+        changed = [part for part in parts if part.runs_otherwise]
+        self.held_bytes: float = sum(p.count * p.layer.parameters for p in parts if not p.packed) * itemsize
+        self.transient_bytes = max((p.layer.parameters for p in changed if p.packed), default=0) * itemsize
         if not changed:
             return
-        for phase in ("decode", "prefill"):
+        for phase in PHASES:
             rows = profile.batch * (profile.context if phase == "prefill" else 1)
             now = [_product(part, _plain(part.choice), rows) for part in changed]
-            then = [_product(part, part.choice, rows) for part in changed]
+            then = [_product(part, part.choice, rows, scheme_preset) for part in changed]
             if head is not None:
                 now.append(_head_product(_plain(head), profile.batch))
                 then.append(_head_product(head, profile.batch))
-            before = time_products(now, profile.device, profile.dtype)
-            after = time_products(then, profile.device, profile.dtype)
-            self._linear[phase] = before.total(now), after.total(then)
-            if phase == "decode":
-                self.held_bytes = unchanged + sum(p.layers * after.held_bytes[p.key] for p in then)
+            before, after = time_products((now, then), profile.device, profile.dtype)
+            self._seconds[phase] = before.total_seconds, after.total_seconds
+            self._share[phase] = _measured_share(profile, phase, changed, head)
+        packed = {_key(part, part.choice) for part in changed if part.packed}
+        self.held_bytes += sum(p.layers * after.held_bytes[p.key] for p in then if p.key in packed)
         if head is not None:
-            tied = "beside the embedding that it is tied to" if _tied(profile.model) else "in place of the stored one"
-            self.notes.append(f"loading makes an int8 copy of the output head, {tied}")
-            if not _tied(profile.model):
+            self.held_bytes += after.held_bytes["head", head.kernel]
+            tied = _tied(profile.model)
+            if not tied:
                 self.held_bytes -= head.out_features * head.in_features * itemsize
-        largest = max(part.layer.parameters for part in changed)
-        self.transient_bytes = largest * itemsize
+            place = "beside the embedding that it is tied to" if tied else "in place of the stored one"
+            self.notes.append(f"loading makes an int8 copy of the output head, {place}")
 
     def after(self, phase: str, measured: float | None, notes: list[str]) -> float | None:
         """Return the time of a phase with its linear layers' time replaced."""
         if measured is None:
             return None
-        if phase not in self._linear:
-            notes.append(f"{phase}: as it is, since no layer runs on a packed weight")
+        if phase not in self._seconds:
+            notes.append(f"{phase}: as it is, since every linear layer runs as before")
             return measured
-        before, after = self._linear[phase]
-        share = min(before / measured, LARGEST_LINEAR_SHARE)
-        predicted = measured * (1 - share + share * after / before)
+        before, after = self._seconds[phase]
+        share = self._share[phase]
+        origin = "as timed op by op in the profile"
+        if share is None:
+            share, origin = before / measured, "as timed apart"
+        share = min(share, LARGEST_LINEAR_SHARE)
         notes.append(
-            f"{phase}: measured {measured * 1e3:.3g} ms; its linear layers, timed apart with cold weights, take "
-            f"{before * 1e3:.3g} ms now and {after * 1e3:.3g} ms with {self._kernels()}"
+            f"{phase}: {share:.0%} of the {measured * 1e3:.3g} ms go to the linear layers that change ({origin}); with "
+            f"their new kernels these take {after / before:.2f} x as long, timed in turn on random weights"
         )
-        return predicted
-
-    def _kernels(self) -> str:
-        return "the kernels that effcli.load picks"
+        return measured * (1 - share + share * after / before)
 
 
-def _product(part: _Part, choice: KernelChoice, rows: int) -> Product:
-    from passes.quantize.kernels import random_linear
-    from passes.quantize.product_times import Product
+def _measured_share(
+    profile: ModelProfile, phase: str, changed: Sequence[_Part], head: KernelChoice | None
+) -> float | None:
+    """Return the part of a phase's measured time that the changed layers take, or None where it was not measured.
 
-    def make() -> nn.Module:
-        return random_linear(choice, bias=part.bias)
+    The profile times matrix products op by op. Layers that change take their part of it by weights multiplied: bytes
+    read in decode, FLOPs in prefill, where the head multiplies a single token.
+    """
+    points = (profile.report["profiles"].get("intensity") or {}).get("points") or ()
+    point = next(
+        (p for p in points if (p["phase"], p["batch"], p["context"]) == (phase, profile.batch, profile.context)), None
+    )
+    if point is None or not point["time_seconds"] or any(part.layer.expert for part in changed):
+        return None
+    matmul = next((ops["measured_seconds"] for ops in point["op_classes"] if ops["name"] == MATMUL), None)
+    linear = _linear_weights(profile.model)
+    if matmul is None or linear is None:
+        return None
+    weights = sum(part.count * part.layer.parameters for part in changed)
+    blocks, of_head = linear
+    if phase == "decode":
+        weights += 0 if head is None else of_head
+        blocks += of_head
+    return float(matmul / point["time_seconds"] * min(1.0, weights / blocks))
 
-    key = (
+
+def _linear_weights(model: Any) -> tuple[int, int] | None:
+    """Return the weights of all linear layers but the head, and of the head; None where there are fused experts."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    if any(targets.is_fused_experts(module) for module in model.modules()):
+        return None
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return sum(layer.weight.numel() for layer in layers), 0 if head is None else head.weight.numel()
+
+
+def _key(part: _Part, choice: KernelChoice) -> tuple[Any, ...]:
+    return (
         choice.kernel,
+        part.layer.kind,
         choice.out_features,
         choice.in_features,
         part.bits,
         part.group_size,
         part.bias,
-        part.layer.kind,
     )
-    return Product(key, make, part.count, rows, choice.in_features)
+
+
+def _product(part: _Part, choice: KernelChoice, rows: int, preset: str | None = None) -> Product:
+    from passes.quantize.kernels import random_linear
+    from passes.quantize.product_times import Product
+
+    def make() -> nn.Module:
+        if preset is not None and not part.packed:
+            return _rounding_linear(choice, preset, bias=part.bias)
+        return random_linear(choice, bias=part.bias)
+
+    return Product(_key(part, choice), make, part.count, rows, choice.in_features)
 
 
 def _head_product(choice: KernelChoice, rows: int) -> Product:
@@ -321,6 +380,25 @@ def _head_product(choice: KernelChoice, rows: int) -> Product:
     from passes.quantize.product_times import Product
 
     return Product(("head", choice.kernel), lambda: random_linear(choice), 1, rows, choice.in_features)
+
+
+def _rounding_linear(choice: KernelChoice, preset: str, *, bias: bool) -> nn.Module:
+    """Return a decompressed layer that rounds its activations with compressed-tensors, as loading leaves it."""
+    from compressed_tensors.quantization import (
+        QuantizationStatus,
+        initialize_module_for_quantization,
+        preset_name_to_scheme,
+    )
+
+    from passes.quantize.kernels import random_linear
+
+    layer: Any = random_linear(choice, bias=bias)
+    initialize_module_for_quantization(layer, preset_name_to_scheme(preset, ["Linear"]))
+    for name in [name for name, _ in layer.named_parameters() if name.startswith("weight_")]:
+        delattr(layer, name)
+    layer.quantization_status = QuantizationStatus.DECOMPRESSED
+    module: nn.Module = layer
+    return module
 
 
 def _plain(choice: KernelChoice) -> KernelChoice:

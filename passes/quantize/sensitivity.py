@@ -487,7 +487,7 @@ def _rounded(modules: Any, parameters: QuantizeParameters, layout: _Layout) -> I
     originals = [(module, module.weight.data) for module in modules]
     try:
         for module, weight in originals:
-            module.weight.data = _round(weight, parameters, layout).to(weight.dtype)
+            module.weight.data = round_to_nearest(weight, parameters, layout).to(weight.dtype)
         yield
     finally:
         for module, weight in originals:
@@ -499,11 +499,11 @@ def _error(module: Any, column_weights: torch.Tensor, parameters: QuantizeParame
     import torch
 
     weight = module.weight.data
-    lost = _round(weight, parameters, layout).sub_(weight).square_().sum(0)
+    lost = round_to_nearest(weight, parameters, layout).sub_(weight).square_().sum(0)
     return float(torch.dot(lost, column_weights.to(lost.device)))
 
 
-def _round(weight: torch.Tensor, parameters: QuantizeParameters, layout: _Layout) -> torch.Tensor:
+def round_to_nearest(weight: torch.Tensor, parameters: QuantizeParameters, layout: _Layout) -> torch.Tensor:
     """Return the weight in float32, rounded to nearest as compressed-tensors does."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
