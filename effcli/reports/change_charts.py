@@ -280,7 +280,7 @@ def layer_chart(layers: Sequence[Report], number_: int = 0) -> str | None:
     if not errors and not mixed:
         return None
     low, high = (min(errors), max(errors)) if errors else (1.0, 1.0)
-    left, top, tall = 110.0, 16.0, 22.0
+    left, top, tall = 124.0, 16.0, 22.0
     wide = min(30.0, (WIDTH - left - RIGHT) / len(depths))
     floor = top + tall * len(kinds)
     drawing = Svg(
@@ -298,7 +298,7 @@ def layer_chart(layers: Sequence[Report], number_: int = 0) -> str | None:
     )
     for row, kind in enumerate(kinds):
         y = top + row * tall
-        drawing.text("tick name", left - 8, y + tall / 2 + 4, _cut(kind, 16), "end")
+        drawing.text("tick name", left - 8, y + tall / 2 + 4, _cut(kind, 15), "end")
         for column, depth in enumerate(depths):
             cell = cells.get((kind, depth))
             if cell is not None:

@@ -300,7 +300,7 @@ def _bars(report: Report, found: list[Choice]) -> str | None:
             ),
         )
         for key, label, unit in COLUMNS
-        if any(number(choice.figures.get(key)) is not None for choice in shown)
+        if {number(choice.figures.get(key)) for choice in shown} - {None, _measured(report, key)}
     ]
     return grouped_bars(
         "plan",
