@@ -137,7 +137,10 @@ def set_to(name: str, value: torch.Tensor) -> Change:
 
 
 def drop(name: str) -> Change:
-    return lambda tensors, config: [tensors.pop(name)] and None
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        del tensors[name]
+
+    return change
 
 
 def claim(**values: Any) -> Change:
