@@ -203,7 +203,9 @@ def _prepare(source: Source, model: PreTrainedModel, options: LoadOptions) -> Lo
     records = []
     for done in made.passes if made else ():
         records.append(registry.load(done.name).from_mapping(done.parameters).load(source.path, model, options))
-    if hasattr(model, "ct_decompress_hook"):  # a checkpoint of another tool, or one whose last pass left it
+    if hasattr(model, "ct_decompress_hook") and not any(
+        record.kernels for record in records
+    ):  # a checkpoint of another tool, or one whose last pass left it
         from passes.quantize.kernels import repack
 
         records.append(repack(model, options))

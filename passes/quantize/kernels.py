@@ -44,6 +44,7 @@ INT_MM_TILE = 8
 SCALED_MM_TILE = 16
 FP8_CAPABILITY = (8, 9)
 INT4_CAPABILITY = (8, 0)
+SPREAD = "the weights are spread over several devices: compressed-tensors decompresses them at the first forward"
 ROUNDED_ROWS = 4096
 """Rows of a weight that are rounded at a time."""
 
@@ -247,16 +248,20 @@ def repack(model: PreTrainedModel, options: LoadOptions, *, head: Head = "int8")
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             places.setdefault(id(module), []).append(name)
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
     for names in places.values():
         module = model.get_submodule(names[0])
         if not _is_compressed(module):
+            continue
+        if spread:
+            uses[_layer_class(names[0]), _plain_op(module), SPREAD] += 1
             continue
         ready, kernel, reason = _ready(module, options)
         for name in names:
             model.set_submodule(name, ready)
         uses[_layer_class(names[0]), kernel, reason] += 1
     hook = getattr(model, "ct_decompress_hook", None)
-    if hook is not None:
+    if hook is not None and not spread:
         hook.remove()
         del model.ct_decompress_hook
     uses.update(_fused_experts(model))

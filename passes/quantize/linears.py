@@ -20,7 +20,7 @@ from passes.quantize.packing import Integers, cpu_layout_known, pack_int4, unpac
 
 aten = torch.ops.aten
 
-UNPACK_INT4_ROWS = 48
+UNPACK_INT4_ROWS = 40
 """Rows of activations from which unpacking an int4 weight and multiplying in floating point is faster on a CPU."""
 UNPACK_INT8_ROWS = 12
 """The same for int8."""

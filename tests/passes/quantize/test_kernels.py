@@ -345,6 +345,32 @@ def test_fp8_layers_keep_row_and_tensor_scales() -> None:
     assert by_tensor.scales.shape == (1, 32) and (by_tensor.scales == 0.5).all()
 
 
+def test_a_model_on_several_devices_is_left_to_compressed_tensors(tmp_path: Path) -> None:
+    folder = _save(tiny_llama(), tmp_path, INT4)
+    model = _read(folder)
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    record = repack(model, options())
+    assert all(use.kernel == PLAIN and "several devices" in str(use.fallback_reason) for use in record.kernels[:-1])
+    assert sum(use.layers for use in record.kernels) == 15
+    with quiet_libraries():
+        assert torch.equal(_logits(model, torch.tensor([[1, 2, 3]])), _logits(_read(folder), torch.tensor([[1, 2, 3]])))
+
+
+@pytest.mark.parametrize("name", ["w4a16 asymmetric", "w8a16", "w8a8", "fp8", "nvfp4"])
+def test_every_op_of_a_prefill_is_counted(name: str, tmp_path: Path) -> None:
+    """Unpacking and rounding activations are work that a profile knows."""
+    weights, preset, kernel, _ = SCHEMES[name]
+    model = _read(_save(tiny_llama(), tmp_path, weights, preset=preset))
+    repack(model, options())
+    with quiet_libraries(), OpTracer(model) as tracer:
+        prefill(model, 1, 64)
+    trace = tracer.result()
+    assert trace.uncounted == ()
+    if kernel == PLAIN:
+        layer = trace.modules["model.layers.0.mlp.gate_proj"]
+        assert layer.flops == 2 * 64 * HIDDEN * INNER and layer.weight_bytes == 2 * HIDDEN * INNER
+
+
 def test_a_model_that_is_not_quantized_is_left_alone() -> None:
     model = tiny_llama()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
