@@ -139,6 +139,12 @@ class Head:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the head, tied ones included, by the names that the whole model has them under."""
         tensors: dict[str, torch.Tensor] = self._model.state_dict()
+        if any(tensor.device.type == "meta" for tensor in tensors.values()) and any(
+            hasattr(module, "_hf_hook") for module in self._model.modules()
+        ):
+            from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+            tensors = get_state_dict_offloaded_model(self._model)  # weights that accelerate keeps elsewhere
         return tensors
 
     @property
@@ -183,10 +189,11 @@ def checked_head(model: PreTrainedModel, ids: torch.Tensor) -> Head:
     NotApplicableError
         If the head is not a function of the final hidden states alone.
     """
+    Head(model)  # refuses what has none
     few = ids[:1, :CHECKED_TOKENS].to(_input_device(model))
-    head = Head(model)
     with torch.no_grad():
         expected = model(input_ids=few, use_cache=False, return_dict=True).logits[0].float()
+    head = Head(model)  # again: a first forward may replace modules (weights that are decompressed then)
     name = type(model).__name__
     try:
         found = head.logits(final_states(model, few)[0]).float().to(expected.device)
@@ -250,13 +257,14 @@ class Reference:
         Raises
         ------
         NotApplicableError
-            If the head is of another kind than its config says (a quantized one), or is not in memory.
+            If the head is of another kind than its config says (a quantized one).
         """
         from safetensors.torch import save_file
 
         model: Any = self.head.module
         tensors = self.head.state_dict()
-        expected = Head(_on_meta(model.config, model.dtype)).state_dict()
+        with torch.device("meta"):
+            expected = Head(type(model)(copy.deepcopy(model.config))).state_dict()
         if {name: item.shape for name, item in tensors.items()} != {
             name: item.shape for name, item in expected.items()
         }:
@@ -264,8 +272,6 @@ class Reference:
                 f"the head of {type(model).__name__} is not the one its config describes (it may be quantized), so it "
                 "cannot be saved; keep the reference in memory"
             )
-        if any(item.device.type == "meta" for item in tensors.values()):
-            raise NotApplicableError("the head was left on disk to save memory; keep the reference in memory")
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"windows": self.windows, "states": self.states.contiguous()}, folder / _TENSORS)
         # Copies, since safetensors refuses tensors that share memory.

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import disk_offload
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, OPTConfig
 
@@ -196,3 +197,29 @@ def test_damaged_references_are_one_line_errors(tmp_path):
     (tmp_path / "states.safetensors").unlink()
     with pytest.raises(ProfilerError, match="cannot read the reference"):
         Reference.load(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_whose_weights_accelerate_keeps_elsewhere(tmp_path, tied):
+    model = from_config(LlamaConfig(**COMMON, tie_word_embeddings=tied))
+    expected = full_logits(model, windows())
+    disk_offload(model, tmp_path / "offloaded", execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    reference = record_reference(model, windows())
+    torch.testing.assert_close(reference.logits(1, 0, 20), expected[1])
+    reference.save(tmp_path / "saved")
+    torch.testing.assert_close(Reference.load(tmp_path / "saved").logits(1, 0, 20), expected[1])
+
+
+def test_a_first_forward_may_replace_the_head():
+    """Quantized checkpoints are decompressed by a hook of the whole model's first forward."""
+    model = build("llama")
+    expected = full_logits(model, windows())
+    wanted, model.lm_head = model.lm_head, torch.nn.Linear(32, VOCABULARY)
+
+    def decompress(module, inputs):
+        module.lm_head = wanted
+        hook.remove()
+
+    hook = model.register_forward_pre_hook(decompress)
+    torch.testing.assert_close(record_reference(model, windows()).logits(0, 0, 20), expected[0])

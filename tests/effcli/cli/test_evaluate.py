@@ -1,4 +1,4 @@
-"""``effcli eval`` as a process."""
+"""``effcli eval``: once as a process, the rest in this one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from effcli.cli.main import main
 from tests.conftest import Run
 
 SMALL = ("--tokens", "256", "--context", "64")
+Output = pytest.CaptureFixture[str]
 
 
 def test_json_on_stdout_is_the_report_and_nothing_else(effcli: Run, tiny_folder: Path) -> None:
@@ -22,17 +24,26 @@ def test_json_on_stdout_is_the_report_and_nothing_else(effcli: Run, tiny_folder:
     assert data["command"].startswith("effcli eval ")
 
 
-def test_reports_go_to_files_and_render_again(effcli: Run, tiny_folder: Path, tmp_path: Path) -> None:
-    tasks = tmp_path / "quiz.jsonl"
+def test_an_unreachable_data_set_is_one_line(effcli: Run, tiny_folder: Path) -> None:
+    pytest.importorskip("datasets")
+    done = effcli("eval", tiny_folder, "--dataset", "wikitext:wikitext-2-raw-v1:test")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: cannot read data set 'wikitext:wikitext-2-raw-v1:test'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_reports_go_to_files_and_render_again(tiny_folder: Path, tmp_path: Path, capsys: Output) -> None:
+    tasks, saved, page = (tmp_path / name for name in ("quiz.jsonl", "r.json", "r.md"))
     tasks.write_text(json.dumps({"context": "one two", "continuation": "three"}) + "\n")
-    done = effcli("eval", tiny_folder, *SMALL, "--tasks", tasks, "-o", tmp_path / "r.json", "-o", tmp_path / "r.md")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Perplexity" in done.stdout and f"wrote {tmp_path / 'r.md'}" in done.stdout
-    assert "quiz" in (tmp_path / "r.md").read_text()
-    again = effcli("report", tmp_path / "r.json")
-    assert again.returncode == 0 and "Perplexity" in again.stdout
-    quiet = effcli("eval", tiny_folder, *SMALL, "--quiet", "-o", tmp_path / "q.json")
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    arguments = ["eval", str(tiny_folder), *SMALL, "--tasks", str(tasks)]
+    assert main([*arguments, "-o", str(saved), "-o", str(page)]) == 0
+    shown = capsys.readouterr()
+    assert "Perplexity" in shown.out and f"wrote {page}" in shown.out and shown.err == ""
+    assert "quiz" in page.read_text()
+    assert main(["report", str(saved)]) == 0
+    assert "Perplexity" in capsys.readouterr().out
+    assert main([*arguments, "--quiet", "-o", str(saved)]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -42,12 +53,13 @@ def test_reports_go_to_files_and_render_again(effcli: Run, tiny_folder: Path, tm
         (("--tasks", "none.jsonl"), "no task file at 'none.jsonl'"),
         (("--context", "2048"), "2048 is past the model's limit of 1024"),
         (("--tokens", "5"), "greater than or equal to 256"),
-        (("--dataset", "wikitext:wikitext-2-raw-v1:test"), "cannot read data set 'wikitext:wikitext-2-raw-v1:test'"),
         (("--output", "absent/r.json"), "output folder 'absent' does not exist"),
-        (("--against", "no-such-model"), "no-such-model"),
+        (("--against", "./absent"), "absent"),
+        (("--dtype", "int3"), "int3"),
     ],
 )
-def test_bad_input_is_one_line(effcli: Run, tiny_folder: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = effcli("eval", tiny_folder, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+def test_bad_input_is_one_line(tiny_folder: Path, capsys: Output, arguments: tuple[str, ...], message: str) -> None:
+    assert main(["eval", str(tiny_folder), *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and message in shown.err
