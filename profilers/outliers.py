@@ -25,6 +25,7 @@ import torch
 from profilers.base import ProfileContext, Profiler
 from profilers.phases import check_context, context_limit, prefill
 from profilers.text import token_stream
+from profilers.weights import PACKED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -266,6 +267,9 @@ def measure_outliers(
     weights = [_weight_row(name, weight, bits) for name, weight in _linear_weights(model)]
     hidden: list[OutlierRow] = []
     notes = ["embeddings, convolutions, norms and biases have no rows: they are not weights of a matrix product"]
+    packed = sum(hasattr(module, PACKED) for module in model.modules())
+    if packed:
+        notes.append(f"{packed} layers have no rows: their weights are quantized and packed for a kernel")
     handles = [
         module.register_forward_hook(functools.partial(_hidden_hook, hidden, name, bits))
         for name, module in _layers(model)

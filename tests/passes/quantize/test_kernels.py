@@ -30,6 +30,7 @@ from passes.quantize.linears import (
 from passes.quantize.packing import Integers, int4_group_size
 from passes.quantize.quiet import quiet_libraries
 from profilers.op_trace import OpTracer
+from profilers.outliers import measure_outliers
 from profilers.phases import forward_without_cache, prefill
 from profilers.weights import weight_bytes_and_parameters
 from tests.passes.quantize.compressed import HIDDEN, INNER, VOCABULARY, save_compressed, tiny_llama
@@ -282,6 +283,8 @@ def test_packed_layers_survive_what_models_go_through(tmp_path: Path) -> None:
         with pytest.raises(PassError, match="load the checkpoint again"):
             move()
     assert torch.equal(_logits(model, ids), before)
+    notes = measure_outliers(model, ids).notes
+    assert "15 layers have no rows: their weights are quantized and packed for a kernel" in notes
     generated = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, 15)
     forward_without_cache(model, ids, ids)
