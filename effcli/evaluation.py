@@ -25,6 +25,7 @@ from effcli.recipes import Calibration, Evaluation
 from effcli.reports.model import EVAL_SCHEMA, Environment, ModelInfo, plain
 from passes.base import KernelUse
 from profilers.base import Progress, SilentProgress
+from profilers.tasks import SAMPLES
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from effcli.checkpoint import Loaded
     from profilers.tasks import Task, TaskResult
     from profilers.text import TokenStream
-
-TASK_SAMPLES = 500
-"""Samples of a task that are scored unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     evaluation: Evaluation | None = None,
-    task_samples: int = TASK_SAMPLES,
+    task_samples: int = SAMPLES,
     lm_eval: Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",

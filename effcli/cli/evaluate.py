@@ -23,6 +23,7 @@ from effcli.cli.options import (
 )
 from effcli.cli.output import check_writable, emit, format_of, warn
 from effcli.cli.progress import progress_bars
+from profilers.tasks import SAMPLES
 
 
 def command(
@@ -44,7 +45,7 @@ def command(
     tasks: Annotated[
         Path | None, typer.Option("--tasks", metavar="FILE", help="JSONL file of multiple-choice or cloze tasks.")
     ] = None,
-    task_samples: Annotated[int, typer.Option("--task-samples", min=1, help="Samples of a task at most.")] = 500,
+    task_samples: Annotated[int, typer.Option("--task-samples", min=1, help="Samples of a task at most.")] = SAMPLES,
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, comma-separated."),
