@@ -137,14 +137,17 @@ def calibration_time(spec: str, split: Any, samples: int, rounds: int) -> bool:
         parameters = QuantizeParameters(**values)
         group_size = choose_group_size(find(loaded.model, parameters).layers, parameters) or 0
         ours.append(run_pass(loaded, split.calibration, values)[0])
-        mine = {name: tensor.clone() for name, tensor in loaded.model.named_parameters() if name.endswith("weight")}
+        mine = {
+            name: tensor.detach().clone() for name, tensor in loaded.model.named_parameters() if name.endswith("weight")
+        }
         del loaded
         loaded = load(spec)
         theirs.append(run_oneshot(loaded, split.calibration, group_size, samples))
         for name, tensor in loaded.model.named_parameters():
             if name in mine:
-                lost = torch.linalg.vector_norm((mine[name] - tensor).float())
-                apart = max(apart, float(lost / torch.linalg.vector_norm(tensor.float())))
+                theirs_now = tensor.detach().float()
+                lost = torch.linalg.vector_norm(mine[name].float() - theirs_now)
+                apart = max(apart, float(lost / torch.linalg.vector_norm(theirs_now)))
         del loaded, mine
         gc.collect()
     ratio = statistics.median(ours) / statistics.median(theirs)
