@@ -181,11 +181,16 @@ def build_report(job: Job, results: Results, records: tuple[PassRecord, ...], ti
         overhead_fraction=own / total if total else 0.0,
         warnings=(
             *planning.slower_warnings(results.planned),
-            *(f"before: {line}" for line in before["warnings"]),
-            *(f"after: {line}" for line in after["warnings"]),
+            *profile_warnings("before", results.before),
+            *profile_warnings("after", results.after),
         ),
         output=job.output,
     )
+
+
+def profile_warnings(stage: str, result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the warnings of a measuring stage's profile."""
+    return tuple(f"{stage}: {line}" for line in result["profile"]["warnings"])
 
 
 def judge(

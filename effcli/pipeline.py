@@ -145,6 +145,8 @@ def optimize(
         try:
             return Run(job, staging, times, workers, shown, before, on_warning).run()
         except KeyboardInterrupt:
+            if staging.is_empty():
+                raise InterruptedRunError("interrupted before anything was finished; nothing was written") from None
             raise InterruptedRunError(
                 f"interrupted; finished stages are kept in '{staging.folder}': run again with --resume to go on, or "
                 "with --force to start again"
@@ -195,6 +197,7 @@ class Run:
         count = len(self.job.chain)
         with self.progress.task(f"optimize {self.job.spec}", total=count + 3) as overall:
             before = self._stage("before", self._before)
+            self._warn(assembly.profile_warnings("before", before))
             overall.advance()
             planned = self._stage("plan", lambda folder: self._plan(before))
             self._warn(planning.slower_warnings(_planned_from(planned)))
@@ -205,6 +208,7 @@ class Run:
                 done.append(self._stage(f"pass-{number}", apply))
                 overall.advance()
             after = self._stage("after", lambda folder: self._after(folder, before))
+            self._warn(assembly.profile_warnings("after", after))
             overall.advance()
             results = assembly.Results(before, _planned_from(planned), tuple(done), after)
             return assembly.finish(self.job, self.staging, results, self.times)

@@ -338,10 +338,12 @@ def open_staging(target: Path, fingerprint: Fingerprint, *, resume: bool, force:
                 staging._continue(state, fingerprint)
             else:
                 staging._start(fingerprint)
-            yield staging
+            try:
+                yield staging
+            finally:
+                if staging.is_empty():
+                    staging.remove()
         finally:
-            if staging.is_empty():
-                staging.remove()
             lock.release()
 
 

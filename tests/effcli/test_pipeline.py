@@ -249,3 +249,21 @@ def test_stage_times_are_kept_apart_by_owner() -> None:
         pass
     assert [(entry["stage"], entry["own"]) for entry in times.since(earlier)] == [("a", True), ("b", False)]
     assert len(times.stages) == 2
+
+
+def test_weights_that_a_pass_does_not_change_are_carried_over(source: Path, tmp_path: Path) -> None:
+    from effcli import loading, sources
+    from effcli.pipeline import _carry_weights
+
+    loaded = loading.load(sources.resolve(str(source)), device="cpu")
+    first, second = tmp_path / "pass-1", tmp_path / "pass-2"
+    first.mkdir()
+    second.mkdir()
+    _carry_weights(loaded, None, first)
+    (first / "effcli.json").write_text("{}")
+    original, written = (load_file(folder / "model.safetensors") for folder in (source, first))
+    assert all(torch.equal(written[name], tensor) for name, tensor in original.items())
+    _carry_weights(loaded, first, second)
+    assert (second / "model.safetensors").samefile(first / "model.safetensors")  # no second copy on the disk
+    assert not (second / "config.json").samefile(first / "config.json")  # a pass may write into its own
+    assert not (second / "effcli.json").exists()

@@ -62,6 +62,8 @@ def test_unfinished_work_is_named_with_both_ways_on(tmp_path: Path) -> None:
         write_stage(staging, "before")
     with pytest.raises(BadInputError, match=r"finished: before\); add --resume .* or --force"), open_(target):
         pass
+    with open_(target, resume=True) as staging:  # a refusal takes nothing away
+        assert staging.finished("before") is not None
     with open_(target, force=True) as staging:
         assert staging.finished("before") is None
 
@@ -94,6 +96,8 @@ def test_work_of_another_fingerprint_is_not_resumed(tmp_path: Path, part: str, n
         open_(tmp_path / "out", resume=True, work={**WORK, part: now}),
     ):
         pass
+    with open_(tmp_path / "out", resume=True) as staging:
+        assert staging.finished("before") is not None
 
 
 def test_nothing_changed_says_nothing() -> None:
@@ -127,6 +131,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (folder_for(tmp_path / "out") / "state.json").write_text("{")
     with pytest.raises(SourceError, match="state.json' cannot be read"), open_(tmp_path / "out", resume=True):
         pass
+    assert (folder_for(tmp_path / "out") / "before" / "file.txt").is_file()
 
 
 def test_two_runs_do_not_share_a_stage(tmp_path: Path) -> None:
