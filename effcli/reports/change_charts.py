@@ -125,7 +125,8 @@ def _group(drawing: Svg, group: Bars, top: float, named: bool) -> None:
         last = index == len(solid) - 1
         text = f"{text} · {name}" if named else f"{text} · {group.remark}" if last and group.remark else text
         strong = last and not named
-        x = BAR_LEFT + value * scale + 8
+        marks = [marked for _, marked, other in known if other == "predicted"] if last else []
+        x = BAR_LEFT + max(value, *marks, 0.0) * scale + 8  # clear of the plan's mark
         shown = _cut(text, int((WIDTH - x) / CHARACTER))
         drawing.text("label strong" if strong else "label", x, y + 11, shown)
     for name, value, kind in known:

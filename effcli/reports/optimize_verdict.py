@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from effcli import formatting as fmt
@@ -154,6 +155,15 @@ def readers(report: Report) -> Sequence[str]:
     return ("plain transformers", "vLLM") if names == {"quantize"} else ("plain transformers",)
 
 
+def _fallback(report: Report) -> str:
+    """Say why no fast kernel ran, by the reason that most layers have."""
+    layers: Counter[str] = Counter()
+    for use in items(report, "kernels"):
+        if isinstance(use, dict) and use.get("fallback_reason"):
+            layers[printable(use["fallback_reason"])] += int(number(use.get("layers")) or 1)
+    return f", on this device without a fast kernel ({layers.most_common(1)[0][0]})" if layers else ""
+
+
 def _use(report: Report) -> str:
     kernels = list(
         dict.fromkeys(
@@ -162,7 +172,7 @@ def _use(report: Report) -> str:
             if isinstance(use, dict) and use.get("kernel") and not use.get("fallback_reason")
         )
     )
-    fast = f" with {', '.join(kernels[:2])}" if kernels else ""
+    fast = f" with {', '.join(kernels[:2])}" if kernels else _fallback(report)
     others = " and ".join(readers(report))
     read = "read" if " and " in others else "reads"
     return f'effcli.load("{folder(report)}") runs it{fast}; {others} {read} the same folder'

@@ -82,10 +82,7 @@ def _name(report: Report) -> str:
 
 def _predicted(report: Report) -> dict[str, float]:
     figures = mapping(mapping(report.get("predicted")).get("figures"))
-    found = {key: value for key, entry in figures.items() if (value := number(entry)) is not None}
-    if "weight_bytes" in found:
-        found.setdefault("stored_bytes", found["weight_bytes"])
-    return found
+    return {key: value for key, entry in figures.items() if (value := number(entry)) is not None}
 
 
 def _tiles(found: tuple[Change, ...]) -> tuple[Tile, ...]:

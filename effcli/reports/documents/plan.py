@@ -99,16 +99,20 @@ def _speedup(report: Report, choice: Choice) -> float | None:
 
 
 def best(report: Report, found: list[Choice]) -> Choice | None:
-    """Return the choice to try first: of those that fit and are not slower, the fastest decode, then the smallest."""
+    """Return the choice to try first, of those that fit and are not slower.
+
+    The fastest decode if any gains speed, and the smaller of equally fast ones; else the smallest.
+    """
     able = [choice for choice in found if choice.fits and choice.prediction.get("slower") is not True]
-    if not able:
-        return None
+    faster = [choice for choice in able if (_speedup(report, choice) or 0.0) >= LEAST_SPEEDUP]
 
-    def rank(choice: Choice) -> tuple[float, float]:
-        time, size = (number(choice.figures.get(key)) for key in ("tpot_seconds", "weight_bytes"))
-        return (time if time is not None else float("inf"), size if size is not None else float("inf"))
+    def size(choice: Choice) -> float:
+        weight_bytes = number(choice.figures.get("weight_bytes"))
+        return weight_bytes if weight_bytes is not None else float("inf")
 
-    return min(able, key=rank)
+    if faster:
+        return min(faster, key=lambda choice: (-(_speedup(report, choice) or 0.0), size(choice)))
+    return min(able, key=size, default=None)
 
 
 def plan_verdict(report: Report) -> list[str]:
@@ -123,11 +127,9 @@ def plan_verdict(report: Report) -> list[str]:
     unfit = [choice.label for choice in found if choice.applies and not choice.fits]
     if unfit:
         sentences.append(f"The pass itself does not fit this device: {_list(unfit)}.")
-    sentences += [
-        f"{choice.label} does not apply: {choice.reason or 'the plan does not say why'}".rstrip(".") + "."
-        for choice in found
-        if not choice.applies
-    ]
+    unsuited = [choice.label for choice in found if not choice.applies]
+    if unsuited:
+        sentences.append(f"Does not apply to this model, for reasons below the table: {_list(unsuited)}.")
     return sentences
 
 
@@ -152,6 +154,8 @@ def _headline(report: Report, found: list[Choice]) -> str:
     if speedup is None:
         return f"Try {chosen.label} first: the smallest ({_size(report, chosen)}); decode time is not predicted."
     if speedup < LEAST_SPEEDUP:
+        if (number(chosen.figures.get("weight_bytes")) or 0.0) >= (_measured(report, "weight_bytes") or 0.0):
+            return "No pass is predicted to gain speed or size on this device: keep the model as it is."
         saved = _size(report, chosen)
         return f"No pass is predicted to gain speed here; {chosen.label} saves most at no cost in time ({saved})."
     return (

@@ -37,7 +37,8 @@ def signed_percent(fraction: float | None) -> str:
     """Return a relative change: ``+6.9 %``, ``−63 %``."""
     if fraction is None:
         return fmt.MISSING
-    text = fmt.percent(abs(fraction))
+    small = 0 < abs(fraction) < 0.0005
+    text = f"{100 * abs(fraction):.2f} %" if small else fmt.percent(abs(fraction))
     sign = "" if text == "0 %" else ("+" if fraction > 0 else "−")
     return f"{sign}{text}"
 
@@ -77,7 +78,7 @@ def words(change: Change) -> str:
         return "changed"
     if change.status == "noise":
         kind = "loss" if change.metric == "perplexity" or change.metric.startswith("task:") else "gain"
-        kind = "change" if change.better is None else kind
+        kind = "change" if change.better is None or change.metric in SIZES else kind
         return f"no {kind} outside noise{_margin(change)}"
     gained = change.status == "better"
     if change.metric in TIMES:
@@ -92,7 +93,9 @@ def words(change: Change) -> str:
 
 
 def _margin(change: Change) -> str:
-    return f" (±{fmt.percent(change.noise)})" if change.noise else ""
+    if not change.noise:
+        return ""
+    return f" (±{fmt.percent(change.noise)})" if change.noise <= 1 else " (± over 100 %)"
 
 
 def _unknown(change: Change) -> str:

@@ -139,15 +139,11 @@ def predicted_section(report: Report) -> Section:
             explanations.append(f"{label}: {metric['explanation']}")
         elif missed:
             explanations.append(f"{label}: missed by more than {fmt.percent(MISS)}; why is not known")
-    rows.append(
-        (
-            "time of the passes",
-            fmt.MISSING,
-            fmt.seconds(number(predicted.get("pass_seconds"))),
-            fmt.seconds(number(predicted.get("measured_pass_seconds"))),
-            *_error(number(predicted.get("pass_seconds")), number(predicted.get("measured_pass_seconds"))),
-        )
-    )
+    said, took = number(predicted.get("pass_seconds")), number(predicted.get("measured_pass_seconds"))
+    error_of_time = _error(said, took)
+    rows.append(("time of the passes", fmt.MISSING, fmt.seconds(said), fmt.seconds(took), *error_of_time))
+    if error_of_time[1] == "missed":
+        explanations.append(f"time of the passes: missed by more than {fmt.percent(MISS)}; why is not known")
     heads = columns("<figure", "before", "predicted", "measured", "error", "<plan")
     notes = unique(printable(note) for note in (*explanations, *texts(predicted, "notes")))
     lead = (f"A prediction that is off by more than {fmt.percent(MISS)} is a miss and is explained below the table.",)

@@ -17,7 +17,7 @@ def audit_section(report: Report) -> Section:
     for entry in items(report, "audit"):
         if not isinstance(entry, dict):
             continue
-        why = "" if entry.get("quantized") else printable(entry.get("reason") or "nothing to quantize")
+        why = "" if entry.get("quantized") else printable(entry.get("reason") or "no pass changes it")
         rows.append(
             (
                 named(entry.get("tensor_class")),

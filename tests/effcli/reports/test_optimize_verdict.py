@@ -9,7 +9,7 @@ import pytest
 
 from effcli.reports.model import EVAL_SCHEMA
 from effcli.reports.verdict import verdict
-from passes.base import Figures
+from passes.base import Figures, KernelUse
 
 from . import optimize_samples, samples
 from .optimize_samples import AFTER, BEFORE
@@ -101,6 +101,17 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     assert "vLLM" not in following  # no pass is recorded
 
 
+def test_without_a_fast_kernel_the_reason_is_said() -> None:
+    kernels = (
+        KernelUse("q_proj", "aten.linear", 30, "the kernel is slow in float32"),
+        KernelUse("lm_head", "aten.linear", 1, "it is not quantized in the file"),
+    )
+    following = lines(replace(optimize_samples.optimized(), kernels=kernels))[2]
+    assert (
+        'effcli.load("out") runs it, on this device without a fast kernel (the kernel is slow in float32);' in following
+    )
+
+
 def test_the_folder_is_called_as_the_user_called_it() -> None:
     report = replace(optimize_samples.optimized(), output="results/small")
     assert 'effcli.load("results/small")' in lines(report)[2]
@@ -115,7 +126,7 @@ def test_the_plan_names_the_best_choice_and_why() -> None:
     assert others == [
         "Slower on this device than the model as it is: quantize:scheme=fp8.",
         "The pass itself does not fit this device: quantize:scheme=nvfp4.",
-        "quantize:scheme=mxfp4 does not apply: 576 columns are not whole blocks.",
+        "Does not apply to this model, for reasons below the table: quantize:scheme=mxfp4.",
     ]
 
 
@@ -141,7 +152,10 @@ def test_a_plan_without_figures_promises_nothing() -> None:
     assert verdict({"schema": "effcli.plan/1"}) == ["The plan holds no pass."]
     unchanged = optimize_samples.planned("quantize:scheme=w8a16", BEFORE, 16.0)
     report = replace(optimize_samples.plan(), passes=(unchanged,))
-    assert verdict(report.to_dict())[0].startswith("No pass is predicted to gain speed here")
+    assert verdict(report.to_dict())[0].startswith("No pass is predicted to gain speed or size")
+    smaller = optimize_samples.planned("quantize:scheme=w8a16", replace(BEFORE, weight_bytes=150_000_000), 8.9)
+    report = replace(optimize_samples.plan(), passes=(unchanged, smaller))
+    assert "saves most at no cost in time (weights 269 MB → 150 MB" in verdict(report.to_dict())[0]
 
 
 @pytest.mark.parametrize("alternatives", [True, False])
