@@ -13,13 +13,11 @@ from safetensors.torch import load_file
 from effcli import provenance
 from effcli.checkpoint_files import sha256_of
 from effcli.errors import BadInputError, GateFailedError
-from effcli.fitting import fit
 from effcli.pipeline import DryRun, optimize
 from effcli.recipes import Recipe, from_mapping
-from effcli.reports.optimize_model import PlannedPass
 from effcli.stage_times import Times
 from effcli.staging import folder_for
-from passes.base import Figures, KernelUse, PassError, Prediction
+from passes.base import Figures, PassError
 from profilers.base import ProfilerError
 
 QUANTIZE = {"quantize": {"scheme": "w4a16", "group_size": 16, "method": "rtn"}}
@@ -155,6 +153,26 @@ def test_the_same_recipe_gives_the_same_weights_and_a_saved_profile_is_used(
     assert not folder_for(tmp_path / "again").exists()
 
 
+@pytest.mark.slow
+def test_a_gguf_source_says_what_it_was_and_fast_kernels_are_held_against_plain_weights(tmp_path: Path) -> None:
+    from tests.effcli.tiny_files import write_gguf
+
+    write_gguf(tmp_path / "model.gguf")
+    chosen = recipe(passes=[{"quantize": {"scheme": "w4a16", "group_size": 32, "method": "rtn"}}])
+    report = optimize(str(tmp_path / "model.gguf"), chosen, tmp_path / "out", context=32, dtype="bfloat16")
+    assert report.size.source_quantized is not None
+    assert report.size.source_quantized.startswith("Q8_0")
+    assert report.size.source_bits_per_parameter is not None
+    assert report.size.source_bits_per_parameter > 8
+    assert report.size.before_file_bytes == (tmp_path / "model.gguf").stat().st_size
+    assert any("int4pack" in use.kernel for use in report.kernels)
+    agreement = report.kernel_agreement
+    assert agreement is not None
+    assert agreement.tokens == 128
+    assert 0 < agreement.relative_error < 0.02  # bfloat16 has 8 bits of mantissa
+    assert (tmp_path / "out" / "tokenizer.json").is_file()  # the source has no such file
+
+
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     said = optimize(str(source), recipe(gates=["kl<=1"]), tmp_path / "out", context=32, dry_run=True)
     assert isinstance(said, DryRun)
@@ -197,45 +215,6 @@ def test_a_text_too_short_is_refused_before_weights_are_loaded(source: Path, tmp
 def test_a_model_without_weights_has_nothing_to_optimize(source: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="has no weights to optimize"):
         optimize(str(source / "config.json"), recipe(), tmp_path / "out", dry_run=True)
-
-
-def profile_of(**times: float) -> dict[str, Any]:
-    spread = times.get("spread", 0.01)
-    timing = {"p50": 0.1, "relative_spread": spread}
-    point = {"ttft_seconds": timing, "tpot_seconds": timing, "peak_memory_bytes": times.get("peak", 1000)}
-    roofline = {"phase": "decode", "time_seconds": 0.1, "attainable_seconds": times.get("attainable", 0.09)}
-    return {
-        "profiles": {"latency": {"points": [point]}, "intensity": {"points": [roofline]}},
-        "model": {"weight_bytes": 900},
-        "environment": {"device": "cpu"},
-    }
-
-
-@pytest.mark.parametrize(
-    ("report", "kernels", "words"),
-    [
-        (profile_of(), [], "not known"),
-        (profile_of(spread=0.5), [], "the measured time is uncertain: 10th to 90th percentile span 50 %"),
-        (profile_of(attainable=0.04), [], "60 % of the measured time is neither memory nor compute"),
-        (
-            profile_of(),
-            [KernelUse("q_proj", "aten.linear", 4, "no AVX")],
-            "4 layers (q_proj) run on aten.linear: no AVX",
-        ),
-    ],
-)
-def test_a_miss_is_explained_from_facts(report: dict[str, Any], kernels: list[KernelUse], words: str) -> None:
-    said = PlannedPass("p", {}, "p", Prediction(Figures(tpot_seconds=0.05, kv_bytes_per_token=8.0)), None)
-    found, _ = fit(
-        [said], Figures(tpot_seconds=0.2), Figures(tpot_seconds=0.1, kv_bytes_per_token=8.5), report, kernels, 1.0
-    )
-    assert found is not None
-    rows = {row.metric: row for row in found.metrics}
-    assert rows["tpot_seconds"].relative_error == pytest.approx(-0.5)
-    assert rows["tpot_seconds"].explanation is not None
-    assert rows["tpot_seconds"].explanation.startswith(words)
-    assert rows["kv_bytes_per_token"].explanation is None  # 6 % is no miss
-    assert rows["ttft_seconds"].relative_error is None
 
 
 def test_stage_times_are_kept_apart_by_owner() -> None:
