@@ -224,8 +224,8 @@ def profile(
         command=command or f"effcli.profile({loaded.source.spec!r}, ...)",
         seconds_spent=time.perf_counter() - started,
         config_only=config_only,
-        model=_model_info(loaded),
-        environment=_environment(loaded, run_context.peaks),
+        model=model_info(loaded),
+        environment=environment_of(loaded, run_context.peaks),
         profiles={name: plain(result) for name, result in run_context.results.items()},
         skipped=skipped,
         warnings=_warnings(run_context.results),
@@ -309,7 +309,8 @@ def _live(model: PreTrainedModel | LoadedModel, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def _model_info(loaded: LoadedModel) -> ModelInfo:
+def model_info(loaded: LoadedModel) -> ModelInfo:
+    """Return which model was loaded and what it is, as reports say it."""
     from profilers.weights import weight_bytes_and_parameters
 
     config, model = loaded.config.get_text_config(decoder=True), loaded.model
@@ -339,7 +340,8 @@ def _model_info(loaded: LoadedModel) -> ModelInfo:
     )
 
 
-def _environment(loaded: LoadedModel, peaks: Peaks | None) -> Environment:
+def environment_of(loaded: LoadedModel, peaks: Peaks | None) -> Environment:
+    """Return the device and software that a loaded model is measured on, as reports say it."""
     import torch
 
     from profilers import device as devices

@@ -149,7 +149,7 @@ def evaluate(
     profilers.base.ProfilerError
         If a text is too short, the model is no decoder, the two do not share a vocabulary, or a task file is wrong.
     """
-    from effcli.api import _environment, _model_info
+    from effcli.api import environment_of, model_info
     from effcli.checkpoint import load
     from effcli.quiet import quiet_transformers
     from profilers.quality import measure_quality, record_reference
@@ -183,7 +183,7 @@ def evaluate(
             text = text_of(original)
             reference = record_reference(original.model, text.windows, progress=shown)
             task_before, harness_before = tasks_of(original)
-            against_info = _model_info(original.source)
+            against_info = model_info(original.source)
             del original
             gc.collect()
         loaded = load(model, kernels=kernels, revision=revision, **options)
@@ -199,9 +199,9 @@ def evaluate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command or f"effcli.evaluation.evaluate({str(model)!r}, ...)",
         seconds_spent=time.perf_counter() - started,
-        model=_model_info(loaded.source),
+        model=model_info(loaded.source),
         against=against_info,
-        environment=dataclasses.replace(_environment(loaded.source, None), peaks_reason="quality needs no peaks"),
+        environment=dataclasses.replace(environment_of(loaded.source, None), peaks_reason="quality needs no peaks"),
         seed=seed,
         evaluation=wanted.model_dump(),
         quality=dataclasses.replace(quality, tasks=tasks),

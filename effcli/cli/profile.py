@@ -30,7 +30,6 @@ from effcli.cli.output import (
     warn,
 )
 from effcli.cli.progress import progress_bars
-from effcli.errors import BadInputError
 
 
 def _complete_profilers(incomplete: str) -> list[str]:
@@ -38,25 +37,6 @@ def _complete_profilers(incomplete: str) -> list[str]:
 
     head, comma, tail = incomplete.rpartition(",")
     return [head + comma + name for name in names() if name.startswith(tail)]
-
-
-def read_text(path: Path) -> str:
-    """Read the text to measure on.
-
-    Raises
-    ------
-    BadInputError
-        If the file cannot be read or is empty.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadInputError(f"no text file at '{path}'") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"cannot read text file '{path}': {error}") from None
-    if not text.strip():
-        raise BadInputError(f"text file '{path}' is empty; give one with some thousand words")
-    return text
 
 
 def command(
@@ -104,6 +84,8 @@ def command(
     batches = positive_numbers(batch, "--batch")
     contexts = positive_numbers(context, "--context") if context is not None else None
     epsilons = fractions(epsilon, "--epsilon")
+    from effcli.eval_text import read_text
+
     sample = read_text(text) if text is not None else None
     from effcli.api import profile
 
