@@ -145,6 +145,8 @@ def load(
     NoRoomError
         If the weights do not fit the memory there is.
     """
+    from profilers.device import return_freed_memory
+
     check_dtype_name(dtype)
     if source.kind == "diffusers" or source.path is None:
         raise SourceError(f"'{source.spec}' is {PIPELINE_NOTE}")
@@ -171,6 +173,7 @@ def load(
             record = _prepare(source, model, LoadOptions(chosen, torch_dtype, kernels))
             _synchronize(chosen)
             load_seconds = time.perf_counter() - start
+            return_freed_memory()
             notes += [note] if note else []
             notes += _check_complete(source.spec, info)
             notes += describe(record)

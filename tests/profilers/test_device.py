@@ -1,5 +1,7 @@
 import platform
 import subprocess
+import sys
+import textwrap
 import time
 
 import psutil
@@ -110,3 +112,23 @@ def test_cuda_memory_and_synchronize():
 
 def test_synchronize_on_the_cpu_returns():
     assert synchronize(CPU) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory and can return it")
+def test_freed_heap_pages_are_given_back():
+    code = """
+        import psutil
+        from profilers.device import return_freed_memory
+        resident = lambda: psutil.Process().memory_info().rss
+        kept = []
+        pieces = []
+        for index in range(200_000):  # small pieces come from the heap, and one kept at the end holds it in place
+            pieces.append(bytes(1000))
+        kept.append(bytes(1000))
+        del pieces
+        held = resident()
+        return_freed_memory()
+        print(held - resident())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 50e6
