@@ -132,10 +132,10 @@ def optimize(
     times = Times()
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(Workers())
+        if not dry_run:
+            workers.start()  # imports while this process checks
+        job = prepare(model, recipe, Path(output), options, shown, times)
         with times.stage("check", own=True):
-            if not dry_run:
-                workers.start()  # imports while this process checks
-            job = prepare(model, recipe, Path(output), options, shown)
             if before is not None:
                 check_saved_profile(job, before, _name_of(job.bare.dtype))
             fingerprint = job.fingerprint()

@@ -19,6 +19,7 @@ from effcli.checkpoint_files import combined_sha256, find_weights, sha256_each, 
 from effcli.errors import BadInputError, SourceError
 from effcli.recipes import Recipe
 from effcli.reports.model import plain
+from effcli.stage_times import Times
 from passes.base import Pass
 
 if TYPE_CHECKING:
@@ -153,8 +154,10 @@ class Job:
         }
 
 
-def prepare(model: str, recipe: Recipe, output: Path, options: Options, progress: Progress) -> Job:
-    """Check everything that can be checked without loading weights.
+def prepare(
+    model: str, recipe: Recipe, output: Path, options: Options, progress: Progress, times: Times | None = None
+) -> Job:
+    """Check everything that can be checked without loading weights; add its time to ``times``.
 
     Raises
     ------
@@ -168,42 +171,46 @@ def prepare(model: str, recipe: Recipe, output: Path, options: Options, progress
     from effcli import loading, sources
     from effcli.evaluation import evaluation_windows
     from profilers.phases import check_context, context_limit
+    from profilers.tasks import read_task
 
-    chain = recipe.chain()
-    parsed = tuple(gates.parse(text) for text in recipe.gates)
-    loading.check_dtype_name(options.dtype)
-    device, _ = loading.choose_device(options.device)
-    for item in chain:
-        if item.needs_gpu and device.type != "cuda":
-            raise BadInputError(
-                f"pass '{item.name}' with these parameters needs a CUDA GPU and the device is '{device}'; "
-                "run it where there is one, or choose other parameters"
-            )
-    target = Path(output).expanduser().absolute()
-    local = Path(model).expanduser()
-    # A run that was stopped after its last rename has only to clean up; doing the rename again is that, too.
-    force = options.force or (options.resume and staging.published_earlier(target))
-    staging.check_target(target, local if local.exists() else None, force=force)
-    source = sources.resolve(model, revision=options.revision, progress=progress, **options.trust)
-    if source.kind == "config" or source.path is None:
-        raise SourceError(f"'{model}' has no weights to optimize; give a model folder, a .gguf file or a hub id")
-    staging.check_target(target, source.path, force=force)
-    bare = loading.load(
-        source, device=options.device, dtype=options.dtype, config_only=True, progress=progress, **options.trust
-    )
-    limit = context_limit(bare.config)
-    context = options.context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
-    check_context(bare.config, context)
-    check_context(bare.config, recipe.evaluation.context)
-    for item in chain:
-        item.check(bare.model)
-    vocabulary = bare.config.get_text_config(decoder=True).vocab_size
-    texts = evaluation_windows(bare.tokenizer, vocabulary, recipe.evaluation, recipe.calibration, recipe.seed)
-    if recipe.evaluation.tasks is not None:
-        from profilers.tasks import read_task
-
-        read_task(recipe.evaluation.tasks, seed=recipe.seed)
-    digests = sha256_each(source_files(source))
+    clock = times or Times()
+    with clock.stage("check", own=True):
+        chain = recipe.chain()
+        parsed = tuple(gates.parse(text) for text in recipe.gates)
+        loading.check_dtype_name(options.dtype)
+        device, _ = loading.choose_device(options.device)
+        for item in chain:
+            if item.needs_gpu and device.type != "cuda":
+                raise BadInputError(
+                    f"pass '{item.name}' with these parameters needs a CUDA GPU and the device is '{device}'; "
+                    "run it where there is one, or choose other parameters"
+                )
+        target = Path(output).expanduser().absolute()
+        local = Path(model).expanduser()
+        # A run that was stopped after its last rename has only to clean up; doing the rename again is that, too.
+        force = options.force or (options.resume and staging.published_earlier(target))
+        staging.check_target(target, local if local.exists() else None, force=force)
+        source = sources.resolve(model, revision=options.revision, progress=progress, **options.trust)
+        if source.kind == "config" or source.path is None:
+            raise SourceError(f"'{model}' has no weights to optimize; give a model folder, a .gguf file or a hub id")
+        staging.check_target(target, source.path, force=force)
+        bare = loading.load(
+            source, device=options.device, dtype=options.dtype, config_only=True, progress=progress, **options.trust
+        )
+        limit = context_limit(bare.config)
+        context = options.context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+        check_context(bare.config, context)
+        check_context(bare.config, recipe.evaluation.context)
+    with clock.stage("passes: check", own=False):
+        for item in chain:
+            item.check(bare.model)
+    with clock.stage("quality: texts", own=False):
+        vocabulary = bare.config.get_text_config(decoder=True).vocab_size
+        texts = evaluation_windows(bare.tokenizer, vocabulary, recipe.evaluation, recipe.calibration, recipe.seed)
+        if recipe.evaluation.tasks is not None:
+            read_task(recipe.evaluation.tasks, seed=recipe.seed)
+    with clock.stage("check", own=True):
+        digests = sha256_each(source_files(source))
     return Job(
         spec=model,
         recipe=recipe,
