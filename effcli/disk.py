@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,13 @@ def free_bytes(folder: Path) -> int:
 def used_bytes(folder: Path) -> int:
     """Return the bytes that the files in ``folder`` take, 0 where there is no such folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def new_file_mode() -> int:
+    """Return the permissions that a file made here by other programs gets; temporary files and safetensors get 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 @contextlib.contextmanager

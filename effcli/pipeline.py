@@ -284,7 +284,7 @@ class Run:
 
     def _plan(self, before: Mapping[str, Any]) -> dict[str, Any]:
         job = self.job
-        with self.times.stage("plan", own=True):
+        with self.times.stage("passes: plan", own=False):
             known = planning.model_profile(
                 before["profile"], job.bare.model, job.device, batch=job.options.batch, context=job.context
             )

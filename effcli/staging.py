@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from effcli.checkpoint_files import CONFIG, sha256_of
+from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, SourceError
 
 FORMAT = "effcli.stage/1"
@@ -196,6 +197,7 @@ class Staging:
             If the target came into being meanwhile.
         """
         for path in _files(self.out):
+            path.chmod(new_file_mode())
             _sync(path)
         _sync(self.out)
         self._state["published"] = sha256_of(self.out / "effcli.json")

@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, did_you_mean
 
 SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html", ".txt": "human"}
@@ -76,9 +77,7 @@ def write_file(path: Path, text: str) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".effcli-")
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, new_file_mode())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:

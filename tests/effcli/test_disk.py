@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from effcli.disk import disk_errors, free_bytes, nearest_existing, used_bytes
+from effcli.disk import disk_errors, free_bytes, nearest_existing, new_file_mode, used_bytes
 from effcli.errors import NoRoomError, SourceError
 
 
@@ -26,3 +26,9 @@ def test_used(tmp_path):
 def test_errors(tmp_path, code, kind):
     with pytest.raises(kind), disk_errors(tmp_path, 1000):
         raise OSError(code, "words")
+
+
+def test_new_files_get_what_the_umask_allows(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert plain.stat().st_mode & 0o777 == new_file_mode()
