@@ -6,6 +6,8 @@ A miss is over 20 %. What explains it is looked for in this order; where nothing
 2. timings that are themselves uncertain (TTFT, TPOT),
 3. decode that neither memory nor compute explains (TPOT): a roofline says nothing about such time,
 4. memory that is not weights, cache or activations (peak memory).
+
+All but the second explain only figures that came out worse than predicted.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def fit(
         error = said / found - 1 if said is not None and found else None
         explanation = None
         if error is not None and abs(error) > MISS:
-            explanation = _explain(name, report, kernels)
+            explanation = _explain(name, report, kernels, over=error > 0)
         metrics.append(PredictedMetric(name, getattr(before, name), said, found, error, explanation))
     times = [item.pass_seconds for item in predictions if item is not None and item.pass_seconds is not None]
     return (
@@ -74,8 +76,9 @@ def fit(
     )
 
 
-def _explain(metric: str, report: Mapping[str, Any], kernels: Sequence[KernelUse]) -> str:
-    slow = [use for use in kernels if use.fallback_reason is not None]
+def _explain(metric: str, report: Mapping[str, Any], kernels: Sequence[KernelUse], *, over: bool) -> str:
+    """Return why a prediction missed; ``over``: more was predicted than measured, which no extra cost explains."""
+    slow = [use for use in kernels if use.fallback_reason is not None and not over]
     if slow and metric != "kv_bytes_per_token":
         layers = sum(use.layers for use in slow)
         classes = ", ".join(dict.fromkeys(use.layer_class for use in slow))
@@ -87,19 +90,19 @@ def _explain(metric: str, report: Mapping[str, Any], kernels: Sequence[KernelUse
         if spread > SHAKY_SPREAD:
             return f"the measured time is uncertain: 10th to 90th percentile span {percent(spread)} of the median"
         unexplained = _unexplained(report, _TIMES[metric])
-        if unexplained is not None and unexplained > OVERHEAD_SHARE:
+        if not over and unexplained is not None and unexplained > OVERHEAD_SHARE:
             return (
                 f"{percent(unexplained)} of the measured time is neither memory nor compute at this device's peaks: "
                 "launching operations and Python, which a roofline does not predict"
             )
-    if metric == "peak_memory_bytes" and point is not None and point["peak_memory_bytes"] is not None:
+    if not over and metric == "peak_memory_bytes" and point is not None and point["peak_memory_bytes"] is not None:
         beside = point["peak_memory_bytes"] - report["model"]["weight_bytes"]
         if report["environment"]["device"] == "cpu" and beside > MISS * point["peak_memory_bytes"]:
             return (
                 f"{data_size(beside)} of the measured peak are not weights: on a CPU it is the whole process, "
                 "libraries and what loading left to the allocator included"
             )
-    return "not known"
+    return "not known; it came out better than predicted" if over else "not known"
 
 
 def _first(report: Mapping[str, Any], profiler: str) -> Mapping[str, Any] | None:

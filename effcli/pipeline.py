@@ -305,7 +305,7 @@ class Run:
         job, label = self.job, f"pass: {item.name}"
         work = self.staging.work(f"pass-{number}")
         previous = self.staging.path(f"pass-{number - 1}") if number > 1 else None
-        with self.times.stage("loading", own=True), quiet_transformers(self.progress):
+        with self.times.stage("passes: loading", own=False), quiet_transformers(self.progress):
             loaded = self._load(previous, before["dtype"])
             if not item.changes & {"weights", "structure"}:
                 _carry_weights(loaded, previous, folder)
@@ -323,9 +323,9 @@ class Run:
                 ),
             )
             record = replace(record, seconds=record.seconds or time.perf_counter() - started)
+            if number == len(job.chain):
+                self.workers.start()  # imports while this process saves and audits
             item.save(loaded.model, folder)
-        if number == len(job.chain):
-            self.workers.start()  # imports while this process writes and audits
         with self.times.stage("writing", own=True), quiet_transformers():
             _write_companions(job, loaded, folder)
             records = [*(provenance.record_from(dict(stage["record"])) for stage in done), record]

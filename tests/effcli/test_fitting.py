@@ -78,3 +78,14 @@ def test_seconds_of_all_passes_are_added_where_each_was_predicted() -> None:
 
 def test_nothing_predicted_is_said() -> None:
     assert fit([], Figures(), Figures(), profile_of(), [], 1.0) == (None, "nothing was predicted")
+
+
+def test_what_came_out_better_than_predicted_is_not_blamed_on_extra_costs() -> None:
+    said = PlannedPass("p", {}, "p", Prediction(Figures(tpot_seconds=0.2, peak_memory_bytes=4000)), None)
+    report = profile_of(attainable=0.04, peak=2000)
+    kernels = [KernelUse("q_proj", "aten.linear", 4, "no AVX")]
+    found, _ = fit([said], Figures(), Figures(tpot_seconds=0.1, peak_memory_bytes=2000), report, kernels, 1.0)
+    assert found is not None
+    said_of = {row.metric: row.explanation for row in found.metrics if row.explanation is not None}
+    assert set(said_of.values()) == {"not known; it came out better than predicted"}
+    assert set(said_of) == {"tpot_seconds", "peak_memory_bytes"}
