@@ -123,18 +123,21 @@ def compare(a: Path | str, b: Path | str | None = None, *, anyway: bool = False)
     BadInputError
         If a report cannot be read or compared, or the conditions differ; the message names both values.
     """
+    paired: dict[str, Any] = {}
     if b is None:
         one, other = _both_sides(a)
+        paired = paired_intervals(dict(one.report))
     else:
-        one, other = _load(a), _load(b)
-        one, other = _known_quality(one, other), _known_quality(other, one)
+        first, second = _load(a), _load(b)
+        one, other = _known_quality(first, second), _known_quality(second, first)
+        if one is not first:  # what the optimize report started from: its paired interval is the one that counts
+            paired = paired_intervals(dict(second.report))
     mismatches, shared = _mismatches(one, other)
     if mismatches and not anyway:
         raise BadInputError(
             "; ".join(f"{found.what} differs: {found.a} against {found.b}" for found in mismatches)
             + "; add --anyway to compare all the same"
         )
-    paired = paired_intervals(dict(one.report)) if b is None else {}
     place = shared[0] if shared else None
     return Comparison(
         schema=COMPARE_SCHEMA,

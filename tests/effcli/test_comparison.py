@@ -42,6 +42,7 @@ def test_a_profile_against_what_optimize_made_of_it(tmp_path: Path, checkpoint: 
     # Same weights as the report's source (by fingerprint): its quality is the one measured before.
     perplexity = next(change for change in found.changes if change.metric == "perplexity")
     assert (perplexity.before, perplexity.after) == (15.24, 17.05)
+    assert perplexity.status == "worse"  # by the report's paired interval, not by the two that overlap
     assert json.loads(found.to_json())["schema"] == "effcli.compare/1"
 
 
