@@ -5,28 +5,19 @@ Listing names imports nothing; a pass's module is imported when it is first aske
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 from passes.base import Pass, PassError
+from profilers.plugins import discover, named
 
 GROUP = "effcli.passes"
 
 
 @functools.cache
 def _entry_points() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        known = found.get(entry.name)
-        if known is not None and known.value != entry.value:
-            raise PassError(
-                f"two installed packages provide a pass named '{entry.name}' ({known.value} and {entry.value}); "
-                "uninstall one of them"
-            )
-        found[entry.name] = entry
-    return found
+    return discover(GROUP, "pass", PassError)
 
 
 def names() -> tuple[str, ...]:
@@ -42,11 +33,7 @@ def load(name: str) -> type[Pass]:
     PassError
         If there is no such pass, or what the entry point names is not a :class:`passes.base.Pass`.
     """
-    entry = _entry_points().get(name)
-    if entry is None:
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names()) or 'none installed'}"
-        raise PassError(f"no pass named '{name}'; {hint}")
+    entry = named(_entry_points(), name, "pass", PassError)
     found = entry.load()
     if not (isinstance(found, type) and issubclass(found, Pass)) or found.name != name:
         raise PassError(f"entry point '{entry.value}' does not hold a Pass named '{name}'")

@@ -5,27 +5,18 @@ Listing names imports nothing; an instrument's module is imported when it is fir
 
 from __future__ import annotations
 
-import difflib
 import functools
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 from profilers.base import Profiler, ProfilerError
+from profilers.plugins import discover, named
 
 GROUP = "effcli.profilers"
 
 
 @functools.cache
 def _entry_points() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        known = found.get(entry.name)
-        if known is not None and known.value != entry.value:
-            raise ProfilerError(
-                f"two installed packages provide a profiler named '{entry.name}' ({known.value} and {entry.value}); "
-                "uninstall one of them"
-            )
-        found[entry.name] = entry
-    return found
+    return discover(GROUP, "profiler", ProfilerError)
 
 
 def names() -> tuple[str, ...]:
@@ -41,11 +32,7 @@ def load(name: str) -> Profiler:
     ProfilerError
         If there is no such instrument, or what the entry point names is not a :class:`profilers.base.Profiler`.
     """
-    entry = _entry_points().get(name)
-    if entry is None:
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names()) or 'none installed'}"
-        raise ProfilerError(f"no profiler named '{name}'; {hint}")
+    entry = named(_entry_points(), name, "profiler", ProfilerError)
     profiler = entry.load()
     if not isinstance(profiler, Profiler) or profiler.name != name:
         raise ProfilerError(f"entry point '{entry.value}' does not hold a Profiler named '{name}'")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from effcli.cli.options import FormatOption, OutputOption, QuietOption
-from effcli.cli.output import check_writable, emit, format_of
+from effcli.cli.output import checked_outputs, emit
 
 
 def command(
@@ -32,8 +32,5 @@ def command(
     """Hold two saved reports against each other, noise told apart from change."""
     from effcli.comparison import compare
 
-    outputs = list(output or [])
-    for path in outputs:
-        format_of(path, format_)
-        check_writable(path)
+    outputs = checked_outputs(output, format_)
     emit(compare(a, b, anyway=anyway).to_dict(), format_, outputs, quiet=quiet)

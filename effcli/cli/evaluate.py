@@ -21,7 +21,7 @@ from effcli.cli.options import (
     RevisionOption,
     TrustRemoteCodeOption,
 )
-from effcli.cli.output import check_writable, emit, format_of, warn
+from effcli.cli.output import checked_outputs, emit, warn
 from effcli.cli.progress import progress_bars
 from profilers.tasks import SAMPLES
 
@@ -64,10 +64,7 @@ def command(
     quiet: QuietOption = False,
 ) -> None:
     """Measure a model's quality, by itself or against the original: perplexity, divergence, agreement, tasks."""
-    outputs = list(output or [])
-    for path in outputs:
-        format_of(path, format_)
-        check_writable(path)
+    outputs = checked_outputs(output, format_)
     from effcli.evaluation import evaluate
     from effcli.recipes import Evaluation
 

@@ -64,6 +64,20 @@ def check_writable(path: Path) -> None:
     os.unlink(probe)
 
 
+def checked_outputs(output: list[Path] | None, chosen: Format | None) -> list[Path]:
+    """Return the files to write, after checking that each has a format and can be written.
+
+    Raises
+    ------
+    BadInputError
+    """
+    outputs = list(output or [])
+    for path in outputs:
+        format_of(path, chosen)
+        check_writable(path)
+    return outputs
+
+
 def write_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all.
 

@@ -23,7 +23,7 @@ from effcli.cli.options import (
     TrustRemoteCodeOption,
     chosen_recipe,
 )
-from effcli.cli.output import check_writable, emit, format_of, warn
+from effcli.cli.output import checked_outputs, emit, warn
 from effcli.cli.progress import progress_bars
 
 
@@ -44,10 +44,7 @@ def command(
     quiet: QuietOption = False,
 ) -> None:
     """Predict what each pass would buy on this device, before spending an hour on it."""
-    outputs = list(output or [])
-    for path in outputs:
-        format_of(path, format_)
-        check_writable(path)
+    outputs = checked_outputs(output, format_)
     chosen = chosen_recipe(passes, recipe) if passes or recipe else None
     from effcli.planning import plan
     from effcli.reports.model import read_report

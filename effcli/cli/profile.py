@@ -21,10 +21,9 @@ from effcli.cli.options import (
     TrustRemoteCodeOption,
 )
 from effcli.cli.output import (
-    check_writable,
+    checked_outputs,
     chosen_names,
     emit,
-    format_of,
     fractions,
     positive_numbers,
     warn,
@@ -76,10 +75,7 @@ def command(
     """Measure a model on this device: roofline, attention sinks, KV cache, latency, energy, outliers."""
     from profilers.registry import names
 
-    outputs = list(output or [])
-    for path in outputs:
-        format_of(path, format_)
-        check_writable(path)
+    outputs = checked_outputs(output, format_)
     chosen = chosen_names(only, names(), "--only")
     batches = positive_numbers(batch, "--batch")
     contexts = positive_numbers(context, "--context") if context is not None else None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from effcli.cli.options import FormatOption, OutputOption, QuietOption
-from effcli.cli.output import check_writable, emit, format_of
+from effcli.cli.output import checked_outputs, emit
 
 
 def command(
@@ -20,8 +20,5 @@ def command(
     """Render a saved report again, without the model."""
     from effcli.reports.model import read_report
 
-    outputs = list(output or [])
-    for path in outputs:
-        format_of(path, format_)
-        check_writable(path)
+    outputs = checked_outputs(output, format_)
     emit(read_report(report), format_, outputs, quiet=quiet)
