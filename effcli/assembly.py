@@ -82,11 +82,11 @@ def finish(job: Job, staging: Staging, results: Results, times: Times) -> Optimi
         described = provenance_of(job, results.before["dtype"], records, manifest)
         (out / provenance.FILE).write_text(described.to_json(), encoding="utf-8")
     report = build_report(job, results, records, times)
-    _write_reports(report, out / REPORT, out / PAGE)
+    data = _write_reports(report, out / REPORT, out / PAGE)
     from effcli.reports.model_card import model_card
 
     card = model_card(
-        report.to_dict(),
+        data,
         licence=report.source["licence"],
         base_model=report.source["base_model"],
         original_card=original_card(job.source),
@@ -258,8 +258,11 @@ def _refuse(job: Job, staging: Staging, report: OptimizeReport, failed: Sequence
     )
 
 
-def _write_reports(report: OptimizeReport, data: Path, page: Path) -> None:
+def _write_reports(report: OptimizeReport, data_path: Path, page: Path) -> dict[str, Any]:
+    """Write a report as JSON and as a page; return its data."""
     from effcli.reports.render import render
 
-    data.write_text(report.to_json(), encoding="utf-8")
-    page.write_text(render(report.to_dict(), "html"), encoding="utf-8")
+    data_path.write_text(report.to_json(), encoding="utf-8")
+    data = report.to_dict()
+    page.write_text(render(data, "html"), encoding="utf-8")
+    return data

@@ -24,7 +24,7 @@ from effcli.checkpoint_files import CONFIG, read_json
 from effcli.expected_tensors import Expected, expected_tensors
 from effcli.quantization_claims import Claim, Claims
 from effcli.reports.optimize_model import AuditedClass
-from effcli.stored_tensors import DTYPES, AuditError, Stored, check_finite, read, read_headers
+from effcli.stored_tensors import DTYPES, AuditError, Stored, check_finite, read_headers, read_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,12 +101,15 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord]) -
     plain, parts, cache = _assign(stored, expected, claims)
     _check_missing(expected, plain, parts)
     reasons = {item.name: item.reason for record in records for item in record.skipped}
+    shapes = read_shapes(found["weight_shape"] for found in parts.values() if "weight_shape" in found)
     tallies: dict[tuple[str, str, bool, str | None], _Tally] = defaultdict(_Tally)
     for module, names in _by_module(expected).items():
         weight = f"{module}.weight"
         quantized = None
         if weight in expected and (module in parts or _is_quantized(plain.get(weight))):
-            quantized = _check_quantized(module, expected[weight], plain.get(weight), parts.get(module, {}), claims)
+            quantized = _check_quantized(
+                module, expected[weight], plain.get(weight), parts.get(module, {}), shapes, claims
+            )
         for name in names:
             tensor = plain.get(name)
             if tensor is None and not (quantized and name == weight):
@@ -194,7 +197,12 @@ def _is_quantized(tensor: Stored | None) -> bool:
 
 
 def _check_quantized(
-    module: str, expected: Expected, plain: Stored | None, parts: Mapping[str, Stored], claims: Claims
+    module: str,
+    expected: Expected,
+    plain: Stored | None,
+    parts: Mapping[str, Stored],
+    shapes: Mapping[str, tuple[int, ...]],
+    claims: Claims,
 ) -> str:
     """Hold one quantized weight against what the config claims; return what it is stored as, ``int4``."""
     claim = claims.of(module, expected)
@@ -225,9 +233,9 @@ def _check_quantized(
         )
     if not claim.symmetric and "weight_zero_point" not in parts:
         raise AuditError(f"'{module}' is quantized with zero points as {CONFIG} claims, and has none on disk")
-    shape = parts.get("weight_shape")
-    if shape is not None and (values := tuple(int(value) for value in read(shape).tolist())) != expected.shape:
-        raise AuditError(f"'{shape.name}' says {list(values)}, the model needs {list(expected.shape)}")
+    said = shapes.get(f"{module}.weight_shape")
+    if said is not None and said != expected.shape:
+        raise AuditError(f"'{module}.weight_shape' says {list(said)}, the model needs {list(expected.shape)}")
     if claim.kind == "float" and claim.bits == 4:
         return "nvfp4" if scale.dtype == "F8_E4M3" else "mxfp4"
     return DTYPES[held.dtype][0] if claim.kind == "float" else f"int{claim.bits}"

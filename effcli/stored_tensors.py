@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -77,48 +79,61 @@ def read_headers(folder: Path) -> tuple[dict[str, Stored], int]:
 
 
 def check_finite(tensors: Iterable[Stored]) -> None:
-    """Look for NaN and infinity in every floating-point tensor, a block at a time.
+    """Look for NaN and infinity in every tensor that can hold one, a block at a time.
 
     Raises
     ------
     AuditError
         Naming the first tensor that holds one.
     """
-    for tensor in tensors:
-        for block in _blocks(tensor):
+    for tensor, opened in _opened(item for item in tensors if _can_hold_nan(item)):
+        for block in _blocks(tensor, opened):
             bad = _count_bad(tensor, block)
             if bad:
                 raise AuditError(f"'{tensor.name}' holds NaN or infinity on disk ({bad} in the first block that does)")
 
 
+def read_shapes(tensors: Iterable[Stored]) -> dict[str, tuple[int, ...]]:
+    """Return the values of tensors that hold a shape, by name."""
+    return {
+        tensor.name: tuple(int(value) for value in opened.get_tensor(tensor.name).tolist())
+        for tensor, opened in _opened(tensors)
+    }
+
+
+def _opened(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Any]]:
+    """Yield tensors with their opened file, which is opened once where its tensors are neighbours."""
+    from safetensors import safe_open
+
+    for path, members in groupby(tensors, key=attrgetter("file")):
+        with safe_open(path, framework="pt") as opened:
+            for tensor in members:
+                yield tensor, opened
+
+
+def _can_hold_nan(tensor: Stored) -> bool:
+    return tensor.dtype.startswith(("F", "BF")) or _is_e8m0(tensor)
+
+
+def _is_e8m0(tensor: Stored) -> bool:
+    return tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and tensor.name.endswith("weight_scale"))
+
+
 def _count_bad(tensor: Stored, block: Any) -> int:
     import torch
 
-    if tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and tensor.name.endswith("weight_scale")):
+    if _is_e8m0(tensor):
         return int((block.view(torch.uint8) == _E8M0_NAN).sum())
-    if not block.dtype.is_floating_point:
-        return 0
     values = block.to(torch.float32) if block.dtype.itemsize == 1 else block
     return int((~torch.isfinite(values)).sum())
 
 
-def _blocks(tensor: Stored) -> Iterable[Any]:
+def _blocks(tensor: Stored, opened: Any) -> Iterable[Any]:
     """Yield a tensor's values in blocks of whole rows."""
-    from safetensors import safe_open
-
     if not tensor.shape or 0 in tensor.shape:
-        yield read(tensor)
+        yield opened.get_tensor(tensor.name)
         return
+    view = opened.get_slice(tensor.name)
     rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
-    with safe_open(tensor.file, framework="pt") as opened:
-        view = opened.get_slice(tensor.name)
-        for start in range(0, tensor.shape[0], rows):
-            yield view[start : start + rows]
-
-
-def read(tensor: Stored) -> Any:
-    """Return a tensor's values."""
-    from safetensors import safe_open
-
-    with safe_open(tensor.file, framework="pt") as opened:
-        return opened.get_tensor(tensor.name)
+    for start in range(0, tensor.shape[0], rows):
+        yield view[start : start + rows]
