@@ -131,19 +131,18 @@ def optimize(
     )  # fmt: skip
     times = Times()
     with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(Workers())
-        if not dry_run:
-            workers.start()  # imports while this process checks
+        # Started first: it imports while this process checks.
+        measurer = None if dry_run else stack.enter_context(worker.Worker())
         job = prepare(model, recipe, Path(output), options, shown, times)
         with times.stage("check", own=True):
             if before is not None:
                 check_saved_profile(job, before, _name_of(job.bare.dtype))
             fingerprint = job.fingerprint()
-        if dry_run:
+        if measurer is None:
             return dry_runs.dry_run(job, shown)
         staging = stack.enter_context(open_staging(job.target, fingerprint, resume=resume, force=force))
         try:
-            return Run(job, staging, times, workers, shown, before, on_warning).run()
+            return Run(job, staging, times, measurer, shown, before, on_warning).run()
         except KeyboardInterrupt:
             if staging.is_empty():
                 raise InterruptedRunError("interrupted before anything was finished; nothing was written") from None
@@ -153,33 +152,6 @@ def optimize(
             ) from None
 
 
-class Workers:
-    """Measuring processes, each for one job, the next one started ahead."""
-
-    def __init__(self) -> None:
-        self._ready: worker.Worker | None = None
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._ready is not None:
-            self._ready.stop()
-
-    def start(self) -> None:
-        """Start a process unless one is waiting."""
-        if self._ready is None:
-            self._ready = worker.Worker()
-
-    def run(self, job: str, arguments: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-        """Do a job in a fresh process."""
-        self.start()
-        assert self._ready is not None
-        chosen, self._ready = self._ready, None
-        with chosen:
-            return chosen.run(job, arguments, folder, progress)
-
-
 @dataclass
 class Run:
     """One run over a staging folder."""
@@ -187,7 +159,7 @@ class Run:
     job: Job
     staging: Staging
     times: Times
-    workers: Workers
+    measurer: worker.Worker
     progress: Progress
     saved_profile: Mapping[str, Any] | None
     on_warning: Callable[[str], None] | None
@@ -257,7 +229,7 @@ class Run:
         job, options = self.job, self.job.options
         started = time.perf_counter()
         tasks = job.recipe.evaluation.tasks
-        result = self.workers.run(
+        result = self.measurer.run(
             name,
             {
                 "device": str(job.device),
@@ -323,8 +295,6 @@ class Run:
                 ),
             )
             record = replace(record, seconds=record.seconds or time.perf_counter() - started)
-            if number == len(job.chain):
-                self.workers.start()  # imports while this process saves and audits
             item.save(loaded.model, folder)
         with self.times.stage("writing", own=True), quiet_transformers():
             _write_companions(job, loaded, folder)

@@ -2,13 +2,15 @@
 
 ::
 
-    parent: Worker() ──> python -m effcli.worker      (fresh interpreter, same sys.path; imports, then waits)
-            run      ── path of job.json ──> standard input
+    parent: Worker() ──> python -m effcli.worker        (fresh interpreter, same sys.path; imports, then waits)
+            run      ── path of job.json ──> its standard input ──fork──> a process for this job alone
             Progress <── standard output: one JSON object a line ── Progress
             result   <── result.json, renamed into place ── the job's function
             the same error <── {"event": "error", class, message} ── an error that the user can act on
+            <── {"event": "done", exit status} ── the worker, when the job's process has ended
 
-The worker stops when its standard input closes, so it does not outlive a parent that was killed.
+The worker itself only imports; it never loads a model, so each job starts from the same state. Both stop when their
+standard input closes, so they do not outlive a parent that was killed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -63,7 +66,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A fresh process that has imported what measuring needs and waits for one job.
+    """A process that has imported what measuring needs, and forks one for each job.
 
     Starting it early hides the seconds that the imports take. It is a context manager; leaving it ends the process.
     """
@@ -71,7 +74,7 @@ class Worker:
     def __init__(self) -> None:
         # The worker imports what this process imports, wherever it runs.
         path = os.pathsep.join(item or os.getcwd() for item in sys.path)
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see stop
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - see stop
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "effcli.worker"],
             stdin=subprocess.PIPE,
@@ -80,6 +83,7 @@ class Worker:
             text=True,
             encoding="utf-8",
             env=os.environ | {"PYTHONPATH": path},
+            process_group=0,  # ended as a whole
         )
 
     def __enter__(self) -> Worker:
@@ -96,7 +100,7 @@ class Worker:
     def run(
         self, job: str, arguments: Mapping[str, Any], folder: Path, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Do a job and return its result; the worker does one.
+        """Do a job in a process of its own and return its result.
 
         Parameters
         ----------
@@ -124,12 +128,14 @@ class Worker:
             json.dumps({"job": job, "arguments": dict(arguments), "result": str(result)}), encoding="utf-8"
         )
         assert self._process.stdin is not None
+        log_start = os.fstat(self._log.fileno()).st_size
         try:
             with contextlib.suppress(BrokenPipeError):  # it died while it started; why is in its log
                 self._process.stdin.write(f"{request}\n")
                 self._process.stdin.flush()
-            failure = _relay(self._process, progress or SilentProgress())
-            code = self._process.wait()
+            code, failure = _relay(self._process, progress or SilentProgress())
+            if code is None:
+                code = self._process.wait()
         except BaseException:
             _stop(self._process)
             raise
@@ -143,16 +149,16 @@ class Worker:
                 f"the process that measures ('{job}') was killed, as systems do when memory runs out; free some "
                 "memory, or use a smaller --dtype, --context or --batch"
             )
-        self._log.seek(0)
-        text = self._log.read()
+        size = os.fstat(self._log.fileno()).st_size - log_start
+        text = os.pread(self._log.fileno(), size, log_start).decode("utf-8", errors="replace")
         log = folder / f"{job}.log"
         log.write_text(text, encoding="utf-8")
         tail = " | ".join(text.strip().splitlines()[-_LOG_LINES:]) or "no message"
         raise WorkerError(f"the worker of '{job}' stopped with code {code}: {tail} (see {log})")
 
 
-def _relay(process: subprocess.Popen[str], progress: Progress) -> Exception | None:
-    """Move progress lines as the worker says until it closes its output; return the error that it reported."""
+def _relay(process: subprocess.Popen[str], progress: Progress) -> tuple[int | None, Exception | None]:
+    """Move progress lines as the job says; return its exit status, None if the worker died, and its error."""
     failure: Exception | None = None
     with contextlib.ExitStack() as stack:
         lines: dict[int, tuple[contextlib.ExitStack, Task]] = {}
@@ -171,7 +177,9 @@ def _relay(process: subprocess.Popen[str], progress: Progress) -> Exception | No
                 lines.pop(number)[0].close()
             elif event == "error":
                 failure = _error_from(message)
-    return failure
+            elif event == "done":
+                return message["code"], failure
+    return None, failure
 
 
 def _error_from(message: Mapping[str, str]) -> Exception:
@@ -182,10 +190,10 @@ def _error_from(message: Mapping[str, str]) -> Exception:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """End the worker if it still runs, and close its pipes."""
-    if process.poll() is None:
-        process.kill()
-        process.wait(timeout=_STOP_SECONDS)
+    """End the worker and its job if they still run, and close its pipes."""
+    with contextlib.suppress(ProcessLookupError):  # the group is gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=_STOP_SECONDS)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
@@ -237,18 +245,34 @@ class _SentTask:
 
 
 def main() -> int:
-    """Import what measuring needs, then do the job whose file the first line of standard input names."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops this process
+    """Import what measuring needs, then do each job whose file a line of standard input names."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops this process
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with messages
     for module in _PRELOADED:
         importlib.import_module(module)
-    line = sys.stdin.readline().strip()
-    if not line:
-        return EXIT_OK
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     sender = _Sender(messages)
-    request = json.loads(Path(line).read_text(encoding="utf-8"))
+    # Imports start no computing threads of torch, so a fork is safe; a job's process never comes back here.
+    while line := sys.stdin.readline().strip():
+        job = os.fork()
+        if job == 0:
+            code = EXIT_BUG
+            try:
+                code = _do(Path(line), sender)
+            except BaseException:  # noqa: BLE001 - this process ends here, its traceback is in the log
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)  # taking the interpreter apart takes torch a second, and the result is written
+        _, status = os.waitpid(job, 0)
+        sender.send("done", code=os.waitstatus_to_exitcode(status))
+    return EXIT_OK
+
+
+def _do(request_file: Path, sender: _Sender) -> int:
+    """Do one job in this process and return its exit code."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    request = json.loads(request_file.read_text(encoding="utf-8"))
     module, _, name = JOBS[request["job"]].partition(":")
     try:
         function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
@@ -287,5 +311,4 @@ def _exit_with_parent() -> None:
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stderr.flush()
-    os._exit(exit_code)  # taking the interpreter apart takes torch a second, and the result is written
+    os._exit(exit_code)

@@ -96,6 +96,28 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     assert "Traceback" in (tmp_path / "before.log").read_text()
 
 
+def kill_the_job(worker: Worker) -> None:
+    """Kill the process of the next job as soon as it is there."""
+    while not (jobs := psutil.Process(worker._process.pid).children()):
+        time.sleep(0.01)
+    jobs[0].kill()
+
+
+def test_a_job_that_the_system_kills_is_a_lack_of_memory_and_the_next_one_runs(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments = BEFORE | {"source": source(tiny_folder), "kept_in": str(windows(tmp_path))}
+    with Worker() as worker:
+        killer = threading.Thread(target=kill_the_job, args=(worker,))
+        killer.start()
+        with pytest.raises(NoRoomError, match="was killed, as systems do when memory runs out"):
+            worker.run("before", arguments, tmp_path)
+        killer.join()
+        idle = psutil.Process(worker._process.pid).memory_info().rss
+        assert worker.run("before", arguments, tmp_path)["dtype"] == "float32"
+        assert abs(psutil.Process(worker._process.pid).memory_info().rss - idle) < 5e6  # it has loaded nothing itself
+
+
 def test_a_worker_that_the_system_kills_is_a_lack_of_memory(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = BEFORE | {"source": source(tiny_folder), "kept_in": str(windows(tmp_path))}
     with Worker() as worker:
