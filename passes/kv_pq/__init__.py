@@ -1,0 +1,1 @@
+"""``kv-pq``: a product-quantized KV cache."""

@@ -1,0 +1,174 @@
+"""Product quantization of key or value vectors: one set of codebooks for each KV head of a layer.
+
+::
+
+    x (D) ──minus mean──> · basis ──divided by gain──> channels fall into M parts ──nearest of 256 centroids──> M codes
+                                      └── nearest of 256 gains ──────────────────────────────────────────────> 1 code
+    x̂ = (gain · ŷ) · inverse + mean,        ŷ[c] = centroids[code of the part that c is in, c]
+
+A part is any set of channels, so channels that matter more can be in smaller parts and get more bits: every code is one
+byte whatever its part's size. Scores and outputs never need x̂ itself: a query is multiplied by ``inverse`` once, and
+so is an output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+CENTROIDS = 256
+"""Of each part: a code is one byte."""
+BLOCK_ELEMENTS = 1 << 22
+"""Distances that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class VectorQuantizer:
+    """The codebooks of the keys, or of the values, of one layer.
+
+    Attributes
+    ----------
+    centroids : torch.Tensor
+        Shape (H, 256, D), float32: H KV heads, D channels of a head.
+    part : torch.Tensor
+        Shape (H, D), int64: the part, 0 to M - 1, that a channel is in. Every head has the same M.
+    weight : torch.Tensor
+        Shape (H, D), float32: of each channel's squared error when the nearest centroid is sought.
+    mean : torch.Tensor
+        Shape (H, D), float32: what is subtracted first.
+    gains : torch.Tensor or None
+        Shape (H, 256), float32, ascending and positive: what vectors are divided by; its code is the last one.
+    basis, inverse : torch.Tensor or None
+        Shape (H, D, D), float32: y = (x - mean) @ basis, and back.
+    """
+
+    centroids: torch.Tensor
+    part: torch.Tensor
+    weight: torch.Tensor
+    mean: torch.Tensor
+    gains: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.centroids.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.centroids.shape[2]
+
+    @property
+    def parts(self) -> int:
+        """M."""
+        return int(self.part.max()) + 1
+
+    @property
+    def codes(self) -> int:
+        """Bytes that a vector takes: one a part, and one for the gain."""
+        return self.parts + (self.gains is not None)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits a channel, gain included."""
+        return 8 * self.codes / self.head_dim
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what there is, by attribute name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
+
+    def to(self, device: torch.device) -> VectorQuantizer:
+        """Return the same on another device."""
+        return VectorQuantizer(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the codes of vectors.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            Shape (B, H, T, D), any floating type.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (B, H, T, codes), uint8.
+        """
+        import torch
+
+        batch, heads, length, dim = x.shape
+        y = x.float() - self.mean[:, None, :]
+        if self.basis is not None:
+            y = y @ self.basis
+        y = y.transpose(0, 1).reshape(heads, batch * length, dim)
+        out = torch.empty(heads, batch * length, self.codes, dtype=torch.uint8, device=x.device)
+        if self.gains is not None:
+            energy = (y.square() * self.weight[:, None, :]).sum(-1) / self.weight.sum(-1, keepdim=True)
+            chosen = _nearest(energy.sqrt(), self.gains)
+            y = y / self.gains.gather(1, chosen)[..., None]
+            out[..., -1] = chosen.to(torch.uint8)
+        columns, table, length2 = self._by_part()
+        rows = max(1, BLOCK_ELEMENTS // (self.parts * CENTROIDS))
+        for head in range(heads):
+            for start in range(0, batch * length, rows):
+                block = y[head, start : start + rows]
+                padded = torch.cat([block, block.new_zeros(block.shape[0], 1)], -1)[:, columns[head]]  # (N, M, S)
+                distance = torch.baddbmm(length2[head][:, None, :], padded.transpose(0, 1), table[head], alpha=-2)
+                out[head, start : start + rows, : self.parts] = distance.argmin(-1).to(torch.uint8).t()
+        return out.view(heads, batch, length, self.codes).transpose(0, 1).contiguous()
+
+    def decode_centroids(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return gain · ŷ, shape (B, H, T, D), float32: before ``inverse`` and mean."""
+        import torch
+
+        batch, heads, length, _ = codes.shape
+        index = codes.long().gather(-1, self.part[None, :, None, :].expand(batch, -1, length, -1))
+        channel = torch.arange(self.head_dim, device=codes.device)
+        head = torch.arange(heads, device=codes.device)[:, None, None]
+        y = self.centroids[head, index, channel]
+        if self.gains is not None:
+            y = y * self.gains[torch.arange(heads, device=codes.device)[:, None], codes[..., -1].long()][..., None]
+        return y
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return x̂, shape (B, H, T, D)."""
+        y = self.decode_centroids(codes)
+        if self.inverse is not None:
+            y = y @ self.inverse
+        return (y + self.mean[:, None, :]).to(dtype)
+
+    def _by_part(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return columns of each part (H, M, S), padded with D; weighted centroids (H, M, S, 256); their length."""
+        import torch
+
+        heads, dim = self.part.shape
+        width = max(int(torch.bincount(row).max()) for row in self.part)
+        columns = torch.full((heads, self.parts, width), dim, dtype=torch.int64, device=self.part.device)
+        for head in range(heads):
+            for part in range(self.parts):
+                members = (self.part[head] == part).nonzero().flatten()
+                columns[head, part, : members.numel()] = members
+        padded = torch.cat([self.centroids, self.centroids.new_zeros(heads, CENTROIDS, 1)], -1)
+        weight = torch.cat([self.weight, self.weight.new_zeros(heads, 1)], -1)
+        index = torch.arange(heads, device=columns.device)[:, None, None]
+        table = padded.transpose(1, 2)[index, columns]  # (H, M, S, 256)
+        weights = weight[index, columns][..., None]
+        return columns, table * weights, (table.square() * weights).sum(2)
+
+
+def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the index of the nearest of ascending levels (H, L) for values (H, N)."""
+    import torch
+
+    middle = (levels[:, 1:] + levels[:, :-1]) / 2
+    return torch.searchsorted(middle.contiguous(), values.contiguous())
