@@ -28,7 +28,7 @@ class KVPQParameters(PassParameters):
     length: int = Field(default=512, ge=16, description="Tokens of one calibration window.")
     per_head: bool = Field(
         default=True,
-        description="Codebooks for each layer and KV head; false: one for all keys and one for all values.",
+        description="Codebooks by layer and KV head; false: one for all keys and one for all values.",
     )
     keys: Literal["auto", "before-rope", "after-rope"] = Field(
         default="auto",
