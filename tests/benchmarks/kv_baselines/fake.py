@@ -67,7 +67,7 @@ def fake_quantized(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         nonlocal calls
-        layer = module.layer_idx
+        layer: Any = module.layer_idx
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"{query.shape[2]} queries over {key.shape[2]} keys: run the model with use_cache=False")
         if (layers is None or layer in layers) and key.shape[2] > kept:
