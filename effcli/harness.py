@@ -13,6 +13,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from effcli.errors import BadInputError
+from profilers import own_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def run(
     check_installed(tasks)
     if tokenizer is None:
         raise BadInputError("--lm-eval needs a tokenizer and the model has none")
-    with _silenced(), _untied(model), progress.task(f"lm-eval {', '.join(tasks)}"):
+    with _silenced(), _untied(model), own_cache.applied(model), progress.task(f"lm-eval {', '.join(tasks)}"):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -41,7 +41,7 @@ from profilers.base import ProfilerError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AttentionCall", "attention_with_lse", "decoder_layers", "observe_attention"]
+__all__ = ["AttentionCall", "attention_with_lse", "decoder_layers", "observe_attention", "uses_attention_interface"]
 
 _CROSS_ATTENTION_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
 _registrations = itertools.count()
@@ -339,7 +339,7 @@ def _reachable_attention(model: PreTrainedModel, observer: _Observer) -> Iterato
         yield
         return
     saved = [config._attn_implementation_internal for config in changed]
-    if _uses_attention_interface(type(model)):
+    if uses_attention_interface(type(model)):
         implementation = f"observed_attention_{next(_registrations)}"
     elif model._supports_sdpa:
         implementation = "sdpa"
@@ -374,7 +374,7 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     return list(found.values())
 
 
-def _uses_attention_interface(model_class: type) -> bool:
+def uses_attention_interface(model_class: type) -> bool:
     """Tell from its source whether the architecture dispatches through transformers' attention interface."""
     module = inspect.getmodule(model_class)
     try:

@@ -1,7 +1,7 @@
 """Open a transformers cache: what each layer holds, in bytes of whole storages.
 
-A cache or cache layer that transformers does not ship is refused by name; nothing is estimated. What counts and what
-does not: ``docs/profilers/kv.md``.
+A cache or cache layer that transformers does not ship is refused by name, unless its class says what it is
+(:mod:`profilers.own_cache`); nothing is estimated. What counts and what does not: ``docs/profilers/kv.md``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from profilers.base import NotApplicableError
+from profilers.own_cache import LAYER_KIND, LAYER_SHARED
 from profilers.storages import address_of
 
 _PLAIN = (type(None), bool, int, float, str, type, torch.dtype, torch.device, torch.Stream)
@@ -36,7 +37,7 @@ class LayerBytes:
         Tokens.
     kv_heads : int or None
     element_bits : int or None
-        Bits of one cached value outside the states.
+        Bits of one cached value outside the states; None where they differ.
     """
 
     index: int
@@ -75,8 +76,9 @@ def cache_layers(cache: object) -> tuple[LayerBytes, ...]:
     return tuple(_opened(cache, seen))
 
 
-def _shipped(thing: object) -> bool:
-    return type(thing).__module__.split(".")[0] == "transformers"
+def _known(thing: object) -> bool:
+    """Whether transformers ships a cache or layer, or its class says what it is."""
+    return type(thing).__module__.split(".")[0] == "transformers" or hasattr(type(thing), LAYER_KIND)
 
 
 def _check_cache(cache: object, but: set[str]) -> None:
@@ -84,12 +86,14 @@ def _check_cache(cache: object, but: set[str]) -> None:
     from transformers.cache_utils import Cache
 
     name = type(cache).__name__
-    if not isinstance(cache, Cache) or not _shipped(cache):
+    if not isinstance(cache, Cache) or not _known(cache):
         raise NotApplicableError(
             f"unknown cache class '{name}': its footprint would be a guess; "
             "profile the model with the cache that transformers gives it"
         )
     for attribute, value in vars(cache).items():
+        if attribute in getattr(type(cache), LAYER_SHARED, ()):
+            continue
         if attribute not in but and list(_tensors(value, f"cache class '{name}', attribute '{attribute}'")):
             raise NotApplicableError(
                 f"cache class '{name}' holds tensors in '{attribute}', outside its layers: whose they are is unknown"
@@ -100,10 +104,10 @@ def _opened(cache: object, seen: set[int], *, cross: bool = False) -> Iterator[L
     from transformers import cache_utils
 
     _check_cache(cache, but={"layers"})
-    known = (cache_utils.CacheLayerMixin, cache_utils.LinearAttentionCacheLayerMixin)
+    kinds = (cache_utils.CacheLayerMixin, cache_utils.LinearAttentionCacheLayerMixin)
     for index, layer in enumerate(cache.layers):  # type: ignore[attr-defined]
         name = type(layer).__name__
-        if not isinstance(layer, known) or not _shipped(layer):
+        if not isinstance(layer, kinds) or not _known(layer):
             raise NotApplicableError(
                 f"layer {index} keeps an unknown cache layer class '{name}': its footprint would be a guess; "
                 "profile the model with the cache that transformers gives it"
@@ -111,6 +115,8 @@ def _opened(cache: object, seen: set[int], *, cross: bool = False) -> Iterator[L
         states = held = 0
         element_bits = None
         for attribute, value in vars(layer).items():
+            if attribute in getattr(type(layer), LAYER_SHARED, ()):
+                continue
             is_state = attribute in ("conv_states", "recurrent_states")
             for tensor in _tensors(value, f"layer {index} ('{name}'), attribute '{attribute}'"):
                 storage = tensor.untyped_storage()
@@ -120,7 +126,7 @@ def _opened(cache: object, seen: set[int], *, cross: bool = False) -> Iterator[L
                 held += storage.nbytes()
                 if is_state:
                     states += storage.nbytes()
-                else:
+                elif not hasattr(type(layer), LAYER_KIND):
                     element_bits = max(element_bits or 0, 8 * tensor.element_size())
         keys = getattr(layer, "keys", None)
         yield LayerBytes(
@@ -160,6 +166,8 @@ def _kind(layer: object, held: int, cross: bool) -> str:
         return "none"
     if cross:
         return "cross"
+    if hasattr(type(layer), LAYER_KIND):
+        return str(getattr(type(layer), LAYER_KIND))
     sliding = isinstance(layer, cache_utils.DynamicSlidingWindowLayer | cache_utils.StaticSlidingWindowLayer)
     if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin):
         if not isinstance(layer, cache_utils.CacheLayerMixin):

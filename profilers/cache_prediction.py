@@ -5,7 +5,8 @@
     config ── meta twin ── prefill(c − 1), decode(1) ── the model's own cache ── bytes ── law: bytes of any context
     live model ─────────── prefill(c − 1), decode(1) ── the model's own cache ── bytes
 
-There are no per-architecture formulas: the same forwards run in both cases and the cache is opened afterwards.
+There are no per-architecture formulas: the same forwards run in both cases and the cache is opened afterwards. Of a
+model that makes a cache of its own, the layers that differ from transformers' are asked (:mod:`profilers.own_cache`).
 See ``docs/profilers/kv.md``.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from profilers.base import NotApplicableError, ProfilerError
 from profilers.cache_contents import LayerBytes, cache_bytes, cache_layers
 from profilers.device import synchronize
 from profilers.meta import meta_model
+from profilers.own_cache import OwnCache, of
 from profilers.phases import PhaseState, check_context, decode_step, prefill, token_ids
 from profilers.storages import address_of, is_gone, weak_storage
 
@@ -190,10 +192,19 @@ def _layout(value: Any) -> object:
 
 
 class Predictor:
-    """Runs a model on the meta device at any size, at most once each."""
+    """Runs a model on the meta device at any size, at most once each.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Parameters
+    ----------
+    model : PreTrainedModel
+        On the meta device, with the cache that transformers gives it.
+    own : OwnCache or None
+        What the live model says of the cache that it makes instead.
+    """
+
+    def __init__(self, model: PreTrainedModel, own: OwnCache | None = None) -> None:
         self.model = model
+        self.own = own
         self._shapes = _Shapes()
         self._done: dict[tuple[int, int], CacheMeasurement] = {}
 
@@ -201,8 +212,31 @@ class Predictor:
         """Return what the cache of ``batch`` sequences of ``context`` tokens holds; see :func:`measure_cache`."""
         if (batch, context) not in self._done:
             with self._meta():
-                self._done[batch, context] = measure_cache(self.model, batch, context)
+                self._done[batch, context] = self._replaced(measure_cache(self.model, batch, context), batch, context)
         return self._done[batch, context]
+
+    def _replaced(self, found: CacheMeasurement, batch: int, context: int) -> CacheMeasurement:
+        """Put in the layers of the model's own cache."""
+        if self.own is None:
+            return found
+        prompt, decoded = max(1, context - 1), int(context > 1)
+        layers, prefill_bytes = [], found.prefill_bytes
+        for layer in found.layers:
+            growth = self.own.layers.get(layer.index)
+            if growth is not None:
+                # A layer that grows by the token holds its share of the tokens after the prefill.
+                prefill_bytes -= layer.bytes * prompt // context
+                prefill_bytes += self.own.layer_bytes(layer.index, batch, prompt, 0)
+                layer = replace(
+                    layer,
+                    kind=growth.kind,
+                    cache_class=growth.cache_class,
+                    bytes=self.own.layer_bytes(layer.index, batch, prompt, decoded),
+                    element_bits=None,
+                )
+            layers.append(layer)
+        held = sum(layer.bytes for layer in layers)
+        return replace(found, layers=tuple(layers), bytes=held, prefill_bytes=prefill_bytes)
 
     def workspace_bytes(self) -> int:
         """Return the most bytes of new tensors alive at once in a decode step of one sequence."""
@@ -226,6 +260,12 @@ class Predictor:
                 f"'{type(self.model).__name__}' cannot be run on the meta device, so its cache cannot be predicted "
                 f"({str(error).splitlines()[0]}); profilers.kv_cache.measure_cache measures a live model"
             ) from error
+
+
+def predictor_of(model: PreTrainedModel) -> Predictor:
+    """Return what predicts the cache of a model, live or on the meta device."""
+    twin = model if model.device.type == "meta" else meta_model(model.config, model.dtype)
+    return Predictor(twin, of(model))
 
 
 def predict_cache_bytes(config: PreTrainedConfig, batch: int, context: int, dtype: torch.dtype) -> int:
@@ -271,7 +311,10 @@ class LayerLaw:
 
 @dataclass(frozen=True)
 class CacheLaw:
-    """Bytes of one sequence: linear from ``first`` tokens on, at every multiple of ``step``, and in the batch."""
+    """Bytes of one sequence: linear from ``first`` tokens on, at every multiple of ``step``, and in the batch.
+
+    Of a model's own cache it is what its layers tend to, proved at no length (``step`` is 0).
+    """
 
     layers: tuple[LayerLaw, ...]
     prefill_slope: Fraction
@@ -281,7 +324,7 @@ class CacheLaw:
 
     def covers(self, context: int) -> bool:
         """Return whether the law was proved at this context."""
-        return context >= self.first and (context - self.first) % self.step == 0
+        return self.step > 0 and context >= self.first and (context - self.first) % self.step == 0
 
     def bytes(self, context: int, bits: int | None = None) -> Fraction:
         """Return the bytes after the decode step, with cached values of ``bits`` bits (``None``: as they are)."""
@@ -328,14 +371,27 @@ def fit_law(predict: Predictor) -> CacheLaw:
         step = 1
         lengths = (first, first + step, first + step + CONFIRMING_TOKENS)
     runs = [predict(1, length) for length in lengths]
-    _check_batch(runs[0].bytes, predict(2, first).bytes, first)
+    own = {} if predict.own is None else predict.own.layers
+    if own:
+        step = 0
+    else:
+        _check_batch(runs[0].bytes, predict(2, first).bytes, first)
     layers = []
     for at, layer in enumerate(runs[-1].layers):
+        if layer.index in own:
+            growth = own[layer.index]
+            line = Fraction(growth.bytes_per_token), growth.fixed_bytes
+            layers.append(LayerLaw(layer, *line, Fraction(growth.growing_bytes_per_token)))
+            continue
         name = f"layer {at} ({layer.cache_class})"
         line = _line(name, lengths, [run.layers[at].bytes for run in runs])
         growing = Fraction(short[1].layers[at].bytes - short[0].layers[at].bytes, SHORT_LENGTHS[1] - SHORT_LENGTHS[0])
         layers.append(LayerLaw(layer, *line, growing))
-    return CacheLaw(tuple(layers), *_line("the prefill", lengths, [run.prefill_bytes for run in runs]), first, step)
+    if own:
+        prefill = sum((layer.slope for layer in layers), Fraction(0)), sum(layer.fixed for layer in layers)
+    else:
+        prefill = _line("the prefill", lengths, [run.prefill_bytes for run in runs])
+    return CacheLaw(tuple(layers), *prefill, first, step)
 
 
 def _check_batch(one: int, two: int, length: int) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from profilers.own_cache import LAYER_KIND, LAYER_SHARED
+
 _CACHE_METHODS = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
 
 
@@ -60,5 +62,8 @@ def held_by(cache: Any) -> Iterator[torch.Tensor]:
     elif isinstance(cache, (list, tuple)):
         for value in cache:
             yield from held_by(value)
+    elif hasattr(type(cache), LAYER_KIND):
+        shared = getattr(type(cache), LAYER_SHARED, ())
+        yield from held_by({name: value for name, value in vars(cache).items() if name not in shared})
     elif type(cache).__module__.startswith("transformers.") and hasattr(cache, "__dict__"):
         yield from held_by(vars(cache))

@@ -18,6 +18,7 @@ import torch
 
 from profilers.base import ProfilerError
 from profilers.device import synchronize
+from profilers.own_cache import of
 from profilers.phases import check_context, context_limit, prefill, token_ids
 from profilers.timing import check_point, next_token
 
@@ -63,6 +64,8 @@ def why_not_compiled(model: PreTrainedModel) -> str | None:
         return "an encoder-decoder is not compiled"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers says that {type(model).__name__} cannot be compiled as one graph over a static cache"
+    if of(model) is not None:
+        return "it keeps a KV cache of its own, and a static one would replace it"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "its weights are spread over several devices"
     return None

@@ -29,9 +29,10 @@ from profilers.cache_prediction import (
     fit_law,
     measure_cache,
     predict_cache_bytes,
+    predictor_of,
 )
 from profilers.device import memory_available_bytes, memory_total_bytes
-from profilers.meta import meta_model
+from profilers.own_cache import of
 from profilers.phases import check_batch, check_context, context_limit
 from profilers.weights import weight_bytes_and_parameters
 
@@ -70,7 +71,8 @@ class KVLayer:
         Layer number; an encoder–decoder layer appears twice, once as ``"cross"``.
     kind : str
         ``"full"``, ``"sliding"``, ``"latent"``, ``"indexed"``, ``"compressed"``, ``"linear"``, ``"hybrid"``,
-        ``"hybrid_sliding"``, ``"cross"`` or ``"none"``.
+        ``"hybrid_sliding"``, ``"cross"`` or ``"none"``; of a cache that the model makes itself, what its class says
+        (``"quantized"``).
     cache_class : str
         Class of the transformers cache layer.
     bytes_per_token : float
@@ -127,7 +129,8 @@ class KVResult:
     by bits per cached value ("16", "8", "4"; payload only, scales not counted, recurrent states left as they are);
     ``None`` there means that nothing sets a limit (the cache does not grow) or that ``memory_bytes`` is ``None``.
     In an encoder–decoder model ``bytes_per_token`` is that of self-attention, per decoder token;
-    ``cross_attention_bytes_per_token``, per encoder token, comes on top.
+    ``cross_attention_bytes_per_token``, per encoder token, comes on top. ``shared_bytes`` is what a cache of the
+    model's own needs once, whatever the sequences (codebooks): neither weights nor cache; ``None`` without one.
     """
 
     dtype: str
@@ -148,6 +151,7 @@ class KVResult:
     max_context: dict[str, int | None]  # batch 1; by memory alone
     max_batch: dict[str, dict[str, int | None]]  # bits -> context -> batch
     crossover_context: int | None  # context at which one sequence's cache is as large as the weights
+    shared_bytes: int | None = None
 
 
 def measure_kv(
@@ -196,7 +200,7 @@ def measure_kv(
         check_batch(batch)
 
     with progress.task("KV cache: predicting"):
-        predict = Predictor(meta_model(model.config, model.dtype) if live else model)
+        predict = predictor_of(model)
         law = fit_law(predict)
         workspace = predict.workspace_bytes()
 
@@ -228,17 +232,20 @@ def measure_kv(
             points.append(_point(*pair, predicted[pair], measured, reason))
             task.advance()
 
-    room = None if memory is None else memory - weights - workspace
+    own = of(model)
+    shared = None if own is None else own.shared_bytes
+    held = weights + (shared or 0)
+    room = None if memory is None else memory - held - workspace
     layers = tuple(_kv_layer(law_of_layer, model.config) for law_of_layer in law.layers)
-    own = [layer for layer in layers if layer.kind != "cross"]
+    decoding = [layer for layer in layers if layer.kind != "cross"]
     cross = [layer for layer in layers if layer.kind == "cross"]
-    latent, latent_reason = _latent(model.config, own, model.dtype)
+    latent, latent_reason = _latent(model.config, decoding, model.dtype)
     return KVResult(
         dtype=str(model.dtype).removeprefix("torch."),
         attention=_attention(model.config, layers),
-        bytes_per_token=sum(layer.bytes_per_token for layer in own),
-        fixed_bytes=sum(layer.fixed_bytes for layer in own),
-        bytes_per_token_growing=sum(layer.bytes_per_token_growing for layer in own),
+        bytes_per_token=sum(layer.bytes_per_token for layer in decoding),
+        fixed_bytes=sum(layer.fixed_bytes for layer in decoding),
+        bytes_per_token_growing=sum(layer.bytes_per_token_growing for layer in decoding),
         latent_bytes_per_token=latent,
         latent_reason=latent_reason,
         cross_attention_bytes_per_token=sum(layer.bytes_per_token for layer in cross) if cross else None,
@@ -252,12 +259,13 @@ def measure_kv(
         max_context={str(bits): None if room is None else law.longest(room, bits) for bits in CACHE_BITS},
         max_batch={
             str(bits): {
-                str(length): None if memory is None else _batches(law, length, bits, memory - weights, workspace)
+                str(length): None if memory is None else _batches(law, length, bits, memory - held, workspace)
                 for length in chosen
             }
             for bits in CACHE_BITS
         },
         crossover_context=_crossover(law, weights),
+        shared_bytes=shared,
     )
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from profilers import own_cache
 from profilers.base import NotApplicableError, ProfilerError, Progress, SilentProgress
 from profilers.phases import check_context
 
@@ -156,7 +157,7 @@ class Head:
 
 @torch.no_grad()
 def final_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return what the base model hands to the head.
+    """Return what the base model hands to the head, keys and values being as its cache would give them back.
 
     Parameters
     ----------
@@ -170,7 +171,8 @@ def final_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         Shape (B, T, H).
     """
     base = getattr(model, model.base_model_prefix)
-    output = base(input_ids=ids.to(_input_device(model)), use_cache=False, return_dict=True)
+    with own_cache.applied(model):
+        output = base(input_ids=ids.to(_input_device(model)), use_cache=False, return_dict=True)
     states: torch.Tensor = output[0]
     return states
 
@@ -191,7 +193,7 @@ def checked_head(model: PreTrainedModel, ids: torch.Tensor) -> Head:
     """
     Head(model)  # refuses what has none
     few = ids[:1, :CHECKED_TOKENS].to(_input_device(model))
-    with torch.no_grad():
+    with torch.no_grad(), own_cache.applied(model):
         expected = model(input_ids=few, use_cache=False, return_dict=True).logits[0].float()
     head = Head(model)  # again: a first forward may replace modules (weights that are decompressed then)
     name = type(model).__name__

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from profilers.base import DoesNotFitError, NotApplicableError, ProfilerError
-from profilers.cache_prediction import predict_cache_bytes
+from profilers.cache_prediction import predictor_of
 from profilers.device import memory_available_bytes, synchronize, track_peak_memory
 from profilers.phases import PhaseState, check_batch, check_context, context_limit, decode_step, prefill, token_ids
 
@@ -268,7 +268,7 @@ def check_point(model: PreTrainedModel, batch: int, context: int) -> None:
     largest_cache = 2 * tokens * hidden * int(getattr(text, "num_hidden_layers", 0)) * model.dtype.itemsize
     if need + largest_cache > available / 2:  # else it fits whatever the layers keep, and the prediction is not needed
         with contextlib.suppress(NotApplicableError):  # a cache that cannot be predicted counts as nothing
-            need += predict_cache_bytes(model.config, batch, context, model.dtype)
+            need += predictor_of(model)(batch, context).bytes
     if need > available:
         raise DoesNotFitError(
             f"batch {batch} x context {context} needs at least {need / 1e9:.1f} GB beside the weights and {device} has "
