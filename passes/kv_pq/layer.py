@@ -1,0 +1,539 @@
+"""What a product-quantized cache holds for one layer.
+
+::
+
+    slot     0 ......... padding ........ padding + K ................. coded ............ length
+    held     (codes, never read)  kept          codes                    recent
+    by row   left padding         full precision 1 byte a part           full precision
+
+Slots are counted over the batch, so rows with different left padding have different tokens in a slot. Codes are held
+for every slot below ``coded``; attention reads those from ``padding + K`` on, because the first K tokens of each row
+are kept. When the recent block is full its older half becomes codes as one batch, so that the latest tokens are always
+in full precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from passes.base import PassError
+from passes.kv_pq import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from passes.kv_pq.codebooks import LayerCodebooks
+    from passes.kv_pq.quantizer import VectorQuantizer
+
+GROWTH = 8
+"""When codes outgrow their storage it gets an eighth larger, so all copying together stays linear in the tokens."""
+SLOTS = 64
+"""Capacity is a multiple of this."""
+ENCODED_TOKENS = 4096
+"""Encoded at a time, so that temporaries do not grow with the prompt."""
+
+_moved: WeakKeyDictionary[LayerCodebooks, dict[torch.device, LayerCodebooks]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Left padding of the sequences in a batch.
+
+    Attributes
+    ----------
+    padding : torch.Tensor
+        Shape (B,), int64: slots before the first token of each row.
+    start : torch.Tensor
+        Shape (B,), int64: first slot that is not kept.
+    most : int
+        No row has more padding.
+    plain : bool
+        Whether the current attention mask hides nothing but the padding (and what comes later).
+    """
+
+    padding: torch.Tensor
+    start: torch.Tensor
+    most: int = 0
+    plain: bool = True
+
+    @classmethod
+    def of(cls, padding: torch.Tensor, kept: int, *, plain: bool = True) -> Rows:
+        """Return the rows with this padding."""
+        return cls(padding, padding + kept, int(padding.max()) if padding.numel() else 0, plain)
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same on another device."""
+        if self.padding.device == device:
+            return self
+        return Rows(self.padding.to(device), self.start.to(device), self.most, self.plain)
+
+
+class PQLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one full-attention layer: kept, coded and recent tokens.
+
+    Parameters
+    ----------
+    index : int
+        Of the layer in the model.
+    codebooks : LayerCodebooks
+    kept_tokens, recent_tokens : int
+        As in :class:`~passes.kv_pq.codebooks.Codebooks`.
+    config : PreTrainedConfig
+        The model's own text config: which attention it runs is read from it at each update.
+    capacity : int
+        Slots to preallocate codes for when the first are made; more are made room for as they come.
+    dtype : torch.dtype or None
+        Of kept and recent tokens; None: that of the model's keys.
+
+    Attributes
+    ----------
+    length, past : int
+        Slots held, and held before the latest update.
+    coded : int
+        Slots below it are codes.
+    key_codes, value_codes : torch.Tensor
+        Shape (B, H, capacity, codes), uint8.
+    exact_keys, exact_values : torch.Tensor
+        Shape (B, H, kept + recent, D): kept tokens first.
+    decodes : bool
+        Whether updates return decoded keys and values although the model runs kv-pq's attention, because the model
+        changes them before its attention gets them.
+    waiting : tuple of torch.Tensor or None
+        New keys and values that are too many for the recent block, until they have been attended to.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(
+        self,
+        index: int,
+        codebooks: LayerCodebooks,
+        *,
+        kept_tokens: int,
+        recent_tokens: int,
+        config: PreTrainedConfig,
+        capacity: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.codebooks = codebooks
+        self.kept_tokens = kept_tokens
+        self.recent_tokens = recent_tokens
+        self.config = config
+        self.capacity = capacity
+        self.exact_dtype = dtype
+        self.length = self.past = self.coded = 0
+        self.rows: Rows = Rows.of(torch.zeros(0, dtype=torch.int64), kept_tokens)
+        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.decodes = False
+        self._unattended = False
+        self._ahead = 0  # slots after ``coded`` whose codes are being made on another stream
+        self._made: torch.cuda.Event | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; an AttributeError before the first update, as transformers' layers have it."""
+        if not self.is_initialized:
+            raise AttributeError("batch_size")
+        return int(self.exact_keys.shape[0])
+
+    def cached_tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that holds tokens; codebooks belong to the model, not to the cache."""
+        if not self.is_initialized:
+            return {}
+        return {name: getattr(self, name) for name in ("exact_keys", "exact_values", "key_codes", "value_codes")}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate what does not depend on the number of tokens."""
+        self._check(key_states, value_states)
+        self.dtype, self.device = self.exact_dtype or key_states.dtype, key_states.device
+        self.codebooks = on_device(self.codebooks, self.device)
+        batch, heads, _, size = key_states.shape
+        slots = self.kept_tokens + self.recent_tokens
+        sizes = (size, value_states.shape[-1])
+        self.exact_keys, self.exact_values = (
+            torch.zeros(batch, heads, slots, width, dtype=self.dtype, device=self.device) for width in sizes
+        )
+        self.key_codes, self.value_codes = (
+            torch.empty(batch, heads, 0, side.codes, dtype=torch.uint8, device=self.device)
+            for side in (self.codebooks.keys, self.codebooks.values)
+        )
+        self.is_initialized = True
+        self.set_rows(self.rows)
+
+    def set_rows(self, rows: Rows) -> None:
+        """Take over the padding of the batch; rows of another batch size are taken as rows without padding."""
+        if self.is_initialized:
+            if rows.padding.shape[0] != self.batch_size:
+                padding = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+                rows = Rows.of(padding, self.kept_tokens, plain=rows.plain)
+            rows = rows.to(self.device)
+        self.rows = rows
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        for kind, states in (("keys", key_states), ("values", value_states)):
+            side: VectorQuantizer = getattr(self.codebooks, kind)
+            found, made = (states.shape[1], states.shape[3]), (side.heads, side.head_dim)
+            if found != made:
+                raise PassError(
+                    f"layer {self.index}: the codebooks are for {made[0]} heads of {made[1]} channels, and the model's "
+                    f"{kind} have {found[0]} of {found[1]}; make codebooks for this model with kv-pq"
+                )
+        if self.is_initialized and key_states.shape[0] != self.batch_size:
+            raise PassError(
+                f"the cache holds {self.batch_size} sequences and is given {key_states.shape[0]}; "
+                "use another cache, or batch_repeat_interleave"
+            )
+        if self.is_initialized and key_states.device != self.device:
+            raise PassError(
+                f"layer {self.index} of the cache is on {self.device} and is given keys on {key_states.device}; "
+                "use another cache"
+            )
+
+    # --- new tokens -------------------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new keys and values, and return what the model's attention is to be given.
+
+        Parameters
+        ----------
+        key_states, value_states : torch.Tensor
+            Shape (B, H, T, D).
+
+        Returns
+        -------
+        keys, values : torch.Tensor
+            Where the model runs :data:`passes.kv_pq.attention.NAME`: the new ones, their ``pq_layer`` being this
+            layer. Otherwise all of them, (B, H, length, D), decoded for the time of this attention.
+
+        Raises
+        ------
+        PassError
+            If heads, head size, batch or device are not those of the cache, or if the attention stopped reading it.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        if self._unattended:  # so far it was right without: a first update returns everything there is
+            self.refuse_other_tensors()
+            self.settle()
+        key_states, value_states = key_states.detach(), value_states.detach()
+        self.past = self.length
+        if self.decodes or self.config._attn_implementation != attention.NAME:
+            keys, values = self._with_history(key_states, value_states)
+            self._take(key_states, value_states)
+            self.settle()
+            return keys, values
+        self._take(key_states, value_states)
+        self._unattended = True
+        # Attributes are set on new tensor objects: on the model's own they would keep this layer alive in a cycle.
+        keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
+        keys.pq_layer = values.pq_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def refuse_other_tensors(self) -> None:
+        """Go over to decoding: the model hands its attention other keys or values than those that :meth:`update` gave.
+
+        Raises
+        ------
+        PassError
+            If the cache had tokens by then, which that attention has missed.
+        """
+        if self.past:
+            raise PassError(
+                f"the attention of layer {self.index} did not read its product-quantized cache: the model hands it "
+                "other keys or values than those that the cache returned; call passes.kv_pq.cache.detach(model) and "
+                "use the cache with the model's own attention"
+            )
+        self.decodes = True
+
+    def _take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        new, held = keys.shape[2], self.length - self.coded
+        if held + new <= self.recent_tokens:
+            at = self.kept_tokens + held
+            self.exact_keys[:, :, at : at + new] = keys
+            self.exact_values[:, :, at : at + new] = values
+        else:
+            self.waiting = (keys, values)
+        self.length += new
+
+    def settle(self) -> None:
+        """Encode what has become history; called when the new tokens have been attended to."""
+        self._unattended = False
+        if self.waiting is not None:
+            self._absorb(*self.waiting)
+            self.waiting = None
+            return
+        held = self.length - self.coded
+        batch = self._batch
+        if self.device.type == "cuda" and not self._ahead and held >= max(batch, self.recent_tokens * 3 // 4):
+            self._encode_ahead(batch)
+        if held >= max(self.recent_tokens, 1):
+            self._shift(batch)
+
+    @property
+    def _batch(self) -> int:
+        """Tokens that become codes at a time."""
+        return max(1, self.recent_tokens - self.recent_tokens // 2)
+
+    def _absorb(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take tokens that the recent block has no room for: encode all but the latest ones."""
+        held = self.length - keys.shape[2] - self.coded
+        if held:
+            recent = slice(self.kept_tokens, self.kept_tokens + held)
+            keys = torch.cat([self.exact_keys[:, :, recent].to(keys.dtype), keys], 2)
+            values = torch.cat([self.exact_values[:, :, recent].to(values.dtype), values], 2)
+        tokens = keys.shape[2]
+        move = max(0, tokens - self.recent_tokens // 2) // self._batch * self._batch
+        self._wait()
+        self._ahead = 0
+        self._reserve(self.coded + move)
+        self._write_codes(keys[:, :, :move], values[:, :, :move])
+        self._keep(keys[:, :, :move], values[:, :, :move])
+        self.coded += move
+        rest = slice(self.kept_tokens, self.kept_tokens + tokens - move)
+        self.exact_keys[:, :, rest] = keys[:, :, move:]
+        self.exact_values[:, :, rest] = values[:, :, move:]
+
+    def _shift(self, batch: int) -> None:
+        """Turn the oldest recent tokens into codes and move the others up."""
+        begin, held = self.kept_tokens, self.length - self.coded
+        old = slice(begin, begin + batch)
+        if self._ahead:
+            self._wait()
+            self._ahead = 0
+        else:
+            self._reserve(self.coded + batch)
+            self._write_codes(self.exact_keys[:, :, old], self.exact_values[:, :, old])
+        self._keep(self.exact_keys[:, :, old], self.exact_values[:, :, old])
+        self.coded += batch
+        for block in (self.exact_keys, self.exact_values):
+            block[:, :, begin : begin + held - batch] = block[:, :, begin + batch : begin + held].clone()
+
+    def _encode_ahead(self, batch: int) -> None:
+        """Start encoding the oldest recent tokens on a side stream; they are needed when the block is full."""
+        self._reserve(self.coded + batch)
+        stream = _side_stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        old = slice(self.kept_tokens, self.kept_tokens + batch)
+        with torch.cuda.stream(stream):
+            self._write_codes(self.exact_keys[:, :, old], self.exact_values[:, :, old])
+            self._made = stream.record_event()
+        self._ahead = batch
+
+    def _wait(self) -> None:
+        if self._made is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._made)
+            self._made = None
+
+    def _reserve(self, slots: int) -> None:
+        """Make room for the codes of so many slots."""
+        held = self.key_codes.shape[2]
+        if slots <= held:
+            return
+        self._wait()
+        wanted = max(slots, self.capacity, held + held // GROWTH)
+        wanted = -(-wanted // SLOTS) * SLOTS
+        for name in ("key_codes", "value_codes"):
+            before = getattr(self, name)
+            grown = before.new_empty(*before.shape[:2], wanted, before.shape[3])
+            grown[:, :, : self.coded + self._ahead] = before[:, :, : self.coded + self._ahead]
+            setattr(self, name, grown)
+
+    def _write_codes(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Encode tokens that begin at slot ``coded``."""
+        rope = self.codebooks.rope
+        for at in range(0, keys.shape[2], ENCODED_TOKENS):
+            k, v = keys[:, :, at : at + ENCODED_TOKENS], values[:, :, at : at + ENCODED_TOKENS]
+            first, count = self.coded + at, k.shape[2]
+            if rope is not None:
+                positions = torch.arange(first, first + count, device=self.device)
+                if self.rows.most:
+                    positions = positions - self.rows.padding[:, None]
+                k = rope.rotate(k.float(), positions, back=True)
+            self.key_codes[:, :, first : first + count] = attention.encode(k, self.codebooks.keys)
+            self.value_codes[:, :, first : first + count] = attention.encode(v, self.codebooks.values)
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy those of the tokens, which begin at slot ``coded``, that are among the first of their row."""
+        kept, tokens = self.kept_tokens, keys.shape[2]
+        if not kept or not tokens or self.coded >= self.rows.most + kept:
+            return
+        index = self.rows.padding[:, None] + torch.arange(kept, device=self.device) - self.coded  # (B, K)
+        here = ((index >= 0) & (index < tokens))[:, None, :, None]
+        index = index.clamp(0, tokens - 1)[:, None, :, None]
+        for block, states in ((self.exact_keys, keys), (self.exact_values, values)):
+            chosen = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+            block[:, :, :kept] = torch.where(here, chosen.to(block.dtype), block[:, :, :kept])
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def exact(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return kept tokens, where any is history, and recent ones: (B, H, n, D)."""
+        first = 0 if self.coded else self.kept_tokens
+        last = self.kept_tokens + self._recent
+        return self.exact_keys[:, :, first:last].to(dtype), self.exact_values[:, :, first:last].to(dtype)
+
+    @property
+    def _recent(self) -> int:
+        """Tokens in the recent block."""
+        return (self.past if self.waiting is not None else self.length) - self.coded
+
+    def exact_mask(self, queries: int, given: torch.Tensor | None, *, causal: bool) -> torch.Tensor | None:
+        """Return what the latest queries see of :meth:`exact`: None for all, or a mask (B, 1, queries or 1, n).
+
+        Parameters
+        ----------
+        queries : int
+            The last slots are theirs.
+        given : torch.Tensor or None
+            The model's mask over all slots, (B, 1, queries, length), where it says more than padding and causality.
+        causal : bool
+        """
+        inner = causal and queries > 1 and self.waiting is None
+        clear = self.coded >= self.rows.most + self.kept_tokens or (not self.coded and not self.rows.most)
+        if given is None and clear and not inner:
+            return None
+        padding = self.rows.padding[:, None]
+        slots = torch.arange(self.coded, self.coded + self._recent, device=self.device).expand(padding.shape[0], -1)
+        seen = slots >= padding
+        if self.coded:
+            kept = padding + torch.arange(self.kept_tokens, device=self.device)
+            slots, seen = torch.cat([kept, slots], 1), torch.cat([kept < self.coded, seen], 1)
+        visible = seen[:, None, None, :]
+        if given is not None:
+            index = slots.clamp(max=given.shape[-1] - 1)[:, None, None, :]
+            chosen = given.expand(padding.shape[0], -1, -1, -1)
+            chosen = chosen.gather(3, index.expand(-1, chosen.shape[1], chosen.shape[2], -1))
+            if chosen.dtype == torch.bool:
+                return visible & chosen
+            return chosen.masked_fill(~visible, -torch.inf)
+        if inner:
+            ends = torch.arange(self.length - queries, self.length, device=self.device)
+            visible = visible & (slots[:, None, None, :] <= ends[:, None])
+        return visible
+
+    def _with_history(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return everything that is held, decoded, with new keys and values after it."""
+        if not self.length:
+            return keys, values
+        held = self.dequantized(keys.dtype)
+        return torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of every slot, (B, H, length, D), decoded; slots of padding hold no meaning.
+
+        Parameters
+        ----------
+        dtype : torch.dtype or None
+            None: that of kept and recent tokens.
+        """
+        dtype = dtype or self.dtype
+        out = []
+        for kind, block in (("keys", self.exact_keys), ("values", self.exact_values)):
+            side: VectorQuantizer = getattr(self.codebooks, kind)
+            whole = block.new_empty(*block.shape[:2], self.length, block.shape[3], dtype=dtype)
+            for at in range(0, self.coded, ENCODED_TOKENS):
+                end = min(at + ENCODED_TOKENS, self.coded)
+                codes = (self.key_codes if kind == "keys" else self.value_codes)[:, :, at:end]
+                part = side.decode(codes, torch.float32)
+                if kind == "keys" and self.codebooks.rope is not None:
+                    slots = torch.arange(at, end, device=self.device)
+                    part = self.codebooks.rope.rotate(part, slots - self.rows.padding[:, None])
+                whole[:, :, at:end] = part.to(dtype)
+            slots = self.rows.padding[:, None] + torch.arange(self.kept_tokens, device=self.device)
+            row, item = (slots < self.coded).nonzero(as_tuple=True)
+            whole[row, :, slots[row, item]] = block[row, :, item].to(dtype)
+            recent = slice(self.kept_tokens, self.kept_tokens + self.length - self.coded)
+            whole[:, :, self.coded :] = block[:, :, recent].to(dtype)
+            out.append(whole)
+        return out[0], out[1]
+
+    # --- transformers' cache layer ----------------------------------------------------------------------------------
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length and the offset of the mask."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the slots held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Return -1: it grows."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens.
+
+        What is left of the history stays as codes: full precision does not come back.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            Negative: so many tokens; positive: down to so many slots, as transformers has it.
+        """
+        length = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
+        length = max(0, min(length, self.length))
+        self._wait()
+        if length < self.coded + self._ahead:
+            self._ahead = 0
+        self.coded = min(self.coded, length)
+        self.length = self.past = length
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the storage."""
+        if self.is_initialized:
+            self.crop(-self.length)
+        self._unattended, self.decodes, self.waiting = False, False, None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take the rows in another order, as beam search does."""
+        self._each_row(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._each_row(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some of the rows."""
+        self._each_row(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self._wait()
+        for name, tensor in self.cached_tensors().items():
+            setattr(self, name, change(tensor))
+        rows = self.rows
+        self.rows = Rows(change(rows.padding), change(rows.start), rows.most, rows.plain)
+
+
+def on_device(codebooks: LayerCodebooks, device: torch.device) -> LayerCodebooks:
+    """Return codebooks on a device: the same object each time, since kernels prepare tables by it."""
+    if codebooks.keys.centroids.device == device:
+        return codebooks
+    there = _moved.setdefault(codebooks, {})
+    if device not in there:
+        there[device] = codebooks.to(device)
+    return there[device]
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
