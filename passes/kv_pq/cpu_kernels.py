@@ -1,0 +1,339 @@
+"""Attention over product-quantized keys and values on the CPU, and encoding, as a small C++ operator.
+
+``cpu_kernels.cpp`` is built once, by torch's extension loader, into torch's extension cache; where it cannot be,
+:func:`available` says why and the plain-torch path of :mod:`passes.kv_pq.attention` serves.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from passes.base import PassError
+from passes.kv_pq.codebooks import LayerCodebooks
+from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer
+from passes.kv_pq.rope import Rope
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-std=c++20")
+ROPE_BLOCK = 64
+"""Tokens that the operator takes at a time (``kBlock``)."""
+_FIRST_ROPE_BLOCKS = 64
+
+_Made = TypeVar("_Made")
+_Of = TypeVar("_Of")
+
+
+class Tables(NamedTuple):
+    """How the operator reads one side of a layer.
+
+    Attributes
+    ----------
+    centroids : torch.Tensor
+        Shape (H, E, 256, 2), float32: two channels of one part are looked up together.
+    entries : torch.Tensor
+        Shape (H, E, 3), int32: the part's code, its first channel's place, its second's (D if there is none).
+    gains : torch.Tensor
+        Shape (H, 256), or empty.
+    mean : torch.Tensor
+        Shape (H, D), or empty if there is none to add.
+    inverse : torch.Tensor
+        Shape (H, D, D), or empty.
+    """
+
+    centroids: torch.Tensor
+    entries: torch.Tensor
+    gains: torch.Tensor
+    mean: torch.Tensor
+    inverse: torch.Tensor
+
+
+class EncoderTables(NamedTuple):
+    """How the operator seeks nearest centroids.
+
+    Attributes
+    ----------
+    tables : torch.Tensor
+        Shape (H, 256 (D + M)), float32: part after part (256, S + 1), -2 · weight · centroid and its weighted length.
+    order : torch.Tensor
+        Shape (H, D), int32: channels sorted by part.
+    first : torch.Tensor
+        Shape (H, M + 1), int32: where each part begins in ``order``.
+    weight, mean : torch.Tensor
+        Shape (H, D).
+    basis : torch.Tensor
+        Shape (H, D, D), or empty.
+    gains : torch.Tensor
+        Shape (H, 2, 256), gains and the middles between them, or empty.
+    """
+
+    tables: torch.Tensor
+    order: torch.Tensor
+    first: torch.Tensor
+    weight: torch.Tensor
+    mean: torch.Tensor
+    basis: torch.Tensor
+    gains: torch.Tensor
+
+
+class RopeTables(NamedTuple):
+    """Rotations within a block (P, 64), of blocks' first positions (blocks, P), and the order of channels (D,)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    block_cos: torch.Tensor
+    block_sin: torch.Tensor
+    order: torch.Tensor
+
+
+def available() -> str | None:
+    """Return why the operator cannot be used here, or None; the first call builds it, which takes about a minute."""
+    return _built()
+
+
+def attend(
+    query: torch.Tensor,
+    key_codes: torch.Tensor,
+    value_codes: torch.Tensor,
+    layer: LayerCodebooks,
+    *,
+    start: torch.Tensor,
+    stop: int,
+    offset: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over the coded history of one layer.
+
+    Every query sees the slots from ``start`` of its row up to ``stop``. Codes are read once for a KV head, however
+    many query heads share it; dequantized vectors exist 64 tokens at a time.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        Shape (B, Hq, Tq, D), any floating type, with rotary embedding applied.
+    key_codes, value_codes : torch.Tensor
+        Shape (B, H, capacity, codes), uint8.
+    layer : LayerCodebooks
+    start : torch.Tensor
+        Shape (B,), int64: the first slot that counts; at least ``offset``.
+    stop : int
+        The slot after the last that counts.
+    offset : torch.Tensor
+        Shape (B,), int64: left padding; a key's position is its slot minus this.
+    scale : float
+        Of scores.
+    softcap : float or None
+        Scores become ``softcap * tanh(score / softcap)``.
+
+    Returns
+    -------
+    out : torch.Tensor
+        Shape (B, Hq, Tq, D), float32: normalized over the history; 0 where the history is empty.
+    lse : torch.Tensor
+        Shape (B, Hq, Tq), float32: logarithm of the sum of exponentiated scores; -inf where it is empty.
+
+    Raises
+    ------
+    PassError
+        If the operator cannot be built; :func:`available` says so beforehand.
+    """
+    _require()
+    keys, values = _key_tables(layer), _value_tables(layer.values)
+    rope: list[torch.Tensor] = []
+    if layer.rope is not None:
+        rope = [*_rope_tables(layer.rope, query.shape[-1], stop)]
+    out, lse = torch.ops.effcli_kv_pq.attend(
+        query, key_codes, value_codes, [*keys], [*values], rope, start, stop, offset, scale, softcap or 0.0
+    )
+    return out, lse
+
+
+def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
+    """Return the codes of vectors, as :meth:`VectorQuantizer.encode` but for ties within float32 rounding.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Shape (B, H, T, D), any floating type and strides.
+    quantizer : VectorQuantizer
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (B, H, T, codes), uint8.
+
+    Raises
+    ------
+    PassError
+        If the operator cannot be built.
+    """
+    _require()
+    codes = torch.ops.effcli_kv_pq.encode(x, *_encoder_tables(quantizer))
+    assert torch.is_tensor(codes)
+    return codes
+
+
+def _require() -> None:
+    reason = _built()
+    if reason is not None:
+        raise PassError(f"kv-pq's CPU operator cannot be used ({reason}); use passes.kv_pq.attention instead")
+
+
+@functools.cache
+def _built() -> str | None:
+    """Build and load the operator once a process; return why that failed."""
+    from filelock import FileLock
+    from torch.utils import cpp_extension
+
+    if platform.system() == "Windows":
+        return "it needs GCC's or Clang's vector extensions, and this is Windows"
+    if not cpp_extension.is_ninja_available():
+        return "ninja is not installed"
+    name = f"effcli_kv_pq_{_digest()}"
+    try:
+        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        with FileLock(folder.with_suffix(".filelock")):
+            # torch's own lock outlives a process that was killed, and waits for it for ever.
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(
+                name, [str(SOURCE)], extra_cflags=[*FLAGS], extra_ldflags=["-fopenmp"], build_directory=str(folder),
+                is_python_module=False,
+            )  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
+        return f"building it failed: {lines[0].strip() if lines else type(error).__name__}"
+    return None
+
+
+def _digest() -> str:
+    """Return what a build depends on, shortened: a cache folder may be shared by machines that differ."""
+    parts = [SOURCE.read_text(), *FLAGS, torch.__version__, platform.machine(), platform.processor()]
+    about = Path("/proc/cpuinfo")
+    if about.is_file():
+        parts += sorted({line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))})
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _by_identity(make: Callable[[_Of], _Made]) -> Callable[[_Of], _Made]:
+    """Return ``make`` with what it returned kept for as long as its argument lives."""
+    kept: dict[int, _Made] = {}
+
+    @functools.wraps(make)
+    def wrapped(of: _Of) -> _Made:
+        made = kept.get(id(of))
+        if made is None:
+            made = kept[id(of)] = make(of)
+            weakref.finalize(of, kept.pop, id(of), None)
+        return made
+
+    return wrapped
+
+
+@_by_identity
+def _key_tables(layer: LayerCodebooks) -> Tables:
+    return _tables(layer.keys, layer.rope)
+
+
+@_by_identity
+def _value_tables(values: VectorQuantizer) -> Tables:
+    return _tables(values, None)
+
+
+def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
+    heads, _, dim = side.centroids.shape
+    order = torch.arange(dim) if rope is None else _pair_order(rope, dim)
+    # Channels of y; those of x are in the order of rotated pairs, and without a basis y's are x's.
+    place = order.argsort() if side.inverse is None else torch.arange(dim)
+    per_head = []
+    for head in range(heads):
+        channels = [(side.part[head] == part).nonzero().flatten().tolist() for part in range(side.parts)]
+        per_head.append([(part, of[i : i + 2]) for part, of in enumerate(channels) for i in range(0, len(of), 2)])
+    count = max(map(len, per_head))
+    entries = torch.zeros(heads, count, 3, dtype=torch.int32)
+    entries[..., 1:] = dim
+    centroids = torch.zeros(heads, count, CENTROIDS, 2)
+    for head, found in enumerate(per_head):
+        for index, (part, of) in enumerate(found):
+            entries[head, index, 0] = part
+            entries[head, index, 1 : 1 + len(of)] = place[of].int()
+            centroids[head, index, :, : len(of)] = side.centroids[head][:, of]
+    none = torch.empty(0)
+    mean = side.mean.float()[:, order]
+    if rope is not None and side.gains is None and side.inverse is None:  # part of every centroid
+        padded = torch.cat([mean, mean.new_zeros(heads, 1)], -1)
+        at = entries[..., 1:].long()
+        centroids += padded[torch.arange(heads)[:, None, None], at][:, :, None]
+        mean = none
+    return Tables(
+        centroids,
+        entries,
+        none if side.gains is None else side.gains.float().contiguous(),
+        mean.contiguous(),
+        none if side.inverse is None else side.inverse.float()[:, :, order].contiguous(),
+    )
+
+
+def _pair_order(rope: Rope, dim: int) -> torch.Tensor:
+    """Return channels: first of all pairs, second of all pairs, those that are not rotated."""
+    turned = rope.pairs().t().flatten()
+    return torch.cat([turned, torch.arange(rope.width, dim)])
+
+
+@_by_identity
+def _kept_ropes(_rope: Rope) -> dict[int, RopeTables]:
+    return {}
+
+
+def _rope_tables(rope: Rope, dim: int, stop: int) -> RopeTables:
+    """Return rotations for slots up to ``stop``; the table doubles when it is too short."""
+    kept = _kept_ropes(rope)
+    needed = stop // ROPE_BLOCK + 1
+    found = kept.get(dim)
+    if found is None or found.block_cos.shape[0] < needed:
+        blocks = max(_FIRST_ROPE_BLOCKS, needed if found is None else max(needed, 2 * found.block_cos.shape[0]))
+        cos, sin = rope.angles(torch.arange(ROPE_BLOCK))
+        block_cos, block_sin = rope.angles(torch.arange(blocks) * ROPE_BLOCK)
+        order = _pair_order(rope, dim).int()
+        found = RopeTables(cos.t().contiguous(), sin.t().contiguous(), block_cos, block_sin, order)
+        kept[dim] = found
+    return found
+
+
+@_by_identity
+def _encoder_tables(side: VectorQuantizer) -> EncoderTables:
+    heads, _, dim = side.centroids.shape
+    order = side.part.argsort(dim=-1, stable=True)
+    sizes = torch.stack([torch.bincount(row, minlength=side.parts) for row in side.part])
+    first = torch.cat([sizes.new_zeros(heads, 1), sizes.cumsum(-1)], -1)
+    tables = torch.empty(heads, CENTROIDS * (dim + side.parts))
+    for head in range(heads):
+        at = 0
+        for part in range(side.parts):
+            of = order[head, first[head, part] : first[head, part + 1]]
+            centroids = side.centroids[head][:, of].float()
+            weighted = centroids * side.weight[head, of]
+            table = torch.cat([-2 * weighted, (weighted * centroids).sum(-1, keepdim=True)], -1)
+            tables[head, at : at + table.numel()] = table.flatten()
+            at += table.numel()
+    none = torch.empty(0)
+    gains = none
+    if side.gains is not None:
+        middle = (side.gains[:, 1:] + side.gains[:, :-1]) / 2
+        gains = torch.stack([side.gains, torch.cat([middle, middle[:, -1:]], -1)], 1).float().contiguous()
+    return EncoderTables(
+        tables,
+        order.int().contiguous(),
+        first.int().contiguous(),
+        side.weight.float().contiguous(),
+        side.mean.float().contiguous(),
+        none if side.basis is None else side.basis.float().contiguous(),
+        gains,
+    )
