@@ -25,10 +25,15 @@ class TransformersCache(Baseline):
     """
 
     def __init__(self, backend: str, bits: int) -> None:
-        self.name = f"transformers QuantizedCache, {backend}"
+        self.name = self.title(backend)
         self.bits = bits
         self._class, self._axis = BACKENDS[backend]
         self._layer()
+
+    @staticmethod
+    def title(backend: str) -> str:
+        """Return the name of the method with this backend, installed or not."""
+        return f"transformers QuantizedCache, {backend}"
 
     def _layer(self) -> cache_utils.QuantizedLayer:
         made = getattr(cache_utils, self._class)
