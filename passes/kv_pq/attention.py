@@ -14,6 +14,8 @@ any other by transformers' own attention.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 NAME = "effcli_pq"
 """What transformers knows this attention by."""
+KERNEL_QUERIES = 16
+"""Most queries that are given to a kernel."""
 MINIMUM_BLOCK = 64
 """Slots of the history that are decoded at a time, at least."""
 
@@ -168,24 +172,34 @@ def attend(
     softcap: float | None,
     mask: torch.Tensor | None = None,
 ) -> Part:
-    """Attend over coded slots with the fastest code that the device has; arguments of :func:`attend_reference`."""
-    return attend_reference(
-        query,
-        key_codes,
-        value_codes,
-        layer,
-        start=start,
-        stop=stop,
-        offset=offset,
-        scale=scale,
-        softcap=softcap,
-        mask=mask,
-    )
+    """Attend over coded slots with the fastest code that the device has; arguments of :func:`attend_reference`.
+
+    Kernels read codes once a query, so many queries, and masks that say more than padding, are computed in torch.
+    """
+    common: dict[str, Any] = {"start": start, "stop": stop, "offset": offset, "scale": scale, "softcap": softcap}
+    found = kernels(query.device) if mask is None and query.shape[2] <= KERNEL_QUERIES else None
+    if found is None or isinstance(found, str):
+        return attend_reference(query, key_codes, value_codes, layer, mask=mask, **common)
+    output, lse = found.attend(query, key_codes, value_codes, layer, **common)
+    return output, lse
 
 
 def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
-    """Encode vectors (B, H, T, D) with the fastest code that the device has."""
-    return quantizer.encode(x)
+    """Return the codes (B, H, T, codes) of vectors (B, H, T, D), found by the fastest code that the device has."""
+    found = kernels(x.device)
+    codes = quantizer.encode(x) if isinstance(found, str) else found.encode(x, quantizer)
+    assert torch.is_tensor(codes)
+    return codes
+
+
+@functools.cache
+def kernels(device: torch.device) -> ModuleType | str:
+    """Return the module whose ``attend`` and ``encode`` serve a device, or why plain torch does."""
+    if device.type == "cpu":
+        from passes.kv_pq import cpu_kernels
+
+        return cpu_kernels.available() or cpu_kernels
+    return f"there are no kernels for {device.type}"
 
 
 def attend_reference(

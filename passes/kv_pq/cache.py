@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,7 @@ from passes.kv_pq.layer import PQLayer, Rows, on_device
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["PQCache", "PQLayer", "attach", "detach", "fallback_reason"]
+__all__ = ["PQCache", "PQLayer", "attach", "describe", "detach", "fallback_reason"]
 
 _PREPARE = "_prepare_cache_for_generation"
 
@@ -54,6 +54,9 @@ class PQCache(Cache):  # type: ignore[misc]
     PassError
         If the codebooks are of another model, or the model is an encoder-decoder.
     """
+
+    cache_kind: ClassVar = "quantized"
+    cache_shared: ClassVar = ("codebooks",)
 
     def __init__(
         self,
@@ -136,10 +139,6 @@ class PQCache(Cache):  # type: ignore[misc]
     def compressed(self) -> list[PQLayer]:
         """Layers that are held as codes."""
         return [layer for layer in self.layers if isinstance(layer, PQLayer)]
-
-    def cached_tensors(self) -> dict[str, torch.Tensor]:
-        """Return tensors with tokens outside of the layers: there are none."""
-        return {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -301,6 +300,17 @@ def fallback_reason(model: PreTrainedModel) -> str | None:
     """Return why an attached model reads decoded keys and values instead of codes; None if it reads codes."""
     state = _attached.get(model)
     return "the model is not attached" if state is None else state.reason
+
+
+def describe(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return how an attached model reads its cache, one line each."""
+    reason = fallback_reason(model)
+    if reason is not None:
+        return (f"keys and values are decoded a layer at a time for the model's own attention: {reason}",)
+    found = attention.kernels(model.device)
+    if isinstance(found, str):
+        return (f"attention over codes runs in plain torch: {found}",)
+    return (f"attention over codes runs in {found.__name__}",)
 
 
 def _cannot_switch(model: PreTrainedModel) -> str | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -108,6 +108,8 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         New keys and values that are too many for the recent block, until they have been attended to.
     """
 
+    cache_kind: ClassVar = "quantized"
+    cache_shared: ClassVar = ("codebooks", "rows", "_made")
     is_compileable = False
     is_croppable = True
     is_sliding = False
@@ -275,17 +277,11 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             self._absorb(*self.waiting)
             self.waiting = None
             return
-        held = self.length - self.coded
-        batch = self._batch
+        held, batch = self.length - self.coded, batch_tokens(self.recent_tokens)
         if self.device.type == "cuda" and not self._ahead and held >= max(batch, self.recent_tokens * 3 // 4):
             self._encode_ahead(batch)
         if held >= max(self.recent_tokens, 1):
             self._shift(batch)
-
-    @property
-    def _batch(self) -> int:
-        """Tokens that become codes at a time."""
-        return max(1, self.recent_tokens - self.recent_tokens // 2)
 
     def _absorb(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take tokens that the recent block has no room for: encode all but the latest ones."""
@@ -295,7 +291,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             keys = torch.cat([self.exact_keys[:, :, recent].to(keys.dtype), keys], 2)
             values = torch.cat([self.exact_values[:, :, recent].to(values.dtype), values], 2)
         tokens = keys.shape[2]
-        move = max(0, tokens - self.recent_tokens // 2) // self._batch * self._batch
+        move = ready_tokens(tokens, self.recent_tokens)
         self._wait()
         self._ahead = 0
         self._reserve(self.coded + move)
@@ -343,8 +339,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         if slots <= held:
             return
         self._wait()
-        wanted = max(slots, self.capacity, held + held // GROWTH)
-        wanted = -(-wanted // SLOTS) * SLOTS
+        wanted = grown_capacity(held, max(slots, self.capacity))
         for name in ("key_codes", "value_codes"):
             before = getattr(self, name)
             grown = before.new_empty(*before.shape[:2], wanted, before.shape[3])
@@ -518,6 +513,55 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             setattr(self, name, change(tensor))
         rows = self.rows
         self.rows = Rows(change(rows.padding), change(rows.start), rows.most, rows.plain)
+
+
+def batch_tokens(recent_tokens: int) -> int:
+    """Return how many tokens become codes at a time."""
+    return max(1, recent_tokens - recent_tokens // 2)
+
+
+def ready_tokens(tokens: int, recent_tokens: int) -> int:
+    """Return how many of the tokens after the codes are to become codes, in whole batches."""
+    batch = batch_tokens(recent_tokens)
+    return max(0, tokens - recent_tokens // 2) // batch * batch
+
+
+def grown_capacity(held: int, needed: int) -> int:
+    """Return the slots that codes get room for when ``held`` are too few for the ``needed`` ones."""
+    wanted = max(needed, held + held // GROWTH)
+    return -(-wanted // SLOTS) * SLOTS
+
+
+def layer_bytes(
+    codebooks: LayerCodebooks,
+    *,
+    kept_tokens: int,
+    recent_tokens: int,
+    itemsize: int,
+    batch: int,
+    prompt: int,
+    decoded: int,
+) -> int:
+    """Return what a layer holds after a prompt and so many single steps, to the byte.
+
+    Parameters
+    ----------
+    codebooks : LayerCodebooks
+    kept_tokens, recent_tokens : int
+    itemsize : int
+        Bytes of one value in full precision.
+    batch, prompt, decoded : int
+        Sequences, tokens of the prompt, tokens decoded one by one after it.
+    """
+    sides = (codebooks.keys, codebooks.values)
+    exact = sum(side.heads * side.head_dim for side in sides) * (kept_tokens + recent_tokens) * itemsize
+    coded, slots = ready_tokens(prompt, recent_tokens), 0
+    if coded:
+        slots = grown_capacity(0, coded)
+    while coded < ready_tokens(prompt + decoded, recent_tokens):
+        coded += batch_tokens(recent_tokens)
+        slots = grown_capacity(slots, coded) if coded > slots else slots
+    return batch * (exact + slots * sum(side.heads * side.codes for side in sides))
 
 
 def on_device(codebooks: LayerCodebooks, device: torch.device) -> LayerCodebooks:
