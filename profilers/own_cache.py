@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 ATTRIBUTE = "own_cache"
 LAYER_KIND = "cache_kind"
-"""Class attribute of a cache layer that transformers does not ship: its kind in reports, ``"quantized"``."""
+"""Class attribute of a cache, and of its layers, that transformers does not ship: its kind in reports."""
 LAYER_SHARED = "cache_shared"
-"""Class attribute of such a layer: names of attributes that hold what all caches share, which is not cache."""
+"""Class attribute of such a cache or layer: names of attributes that hold what all caches share, which is not cache."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class LayerGrowth:
     fixed_bytes : int
         Most that stays in full precision.
     growing_bytes_per_token : int
-        Before that.
-    kv_heads : int
+        Before that; 0 where the blocks are allocated at once.
     """
 
     cache_class: str
@@ -45,7 +44,6 @@ class LayerGrowth:
     bytes_per_token: int
     fixed_bytes: int
     growing_bytes_per_token: int
-    kv_heads: int
 
 
 class OwnCache(Protocol):

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from passes import calibration_text
 from passes.base import (
     LayerRecord,
     LoadOptions,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizeParameters", "QuantizePass"]
 
-# Tokens of one forward pass while calibrating: enough to keep matrix products busy, few enough for activations.
-BATCH_TOKENS = 2048
 _IGNORED = "_effcli_not_quantized"
 _METHODS = {
     "gptq": "GPTQ",
@@ -136,7 +135,12 @@ class QuantizePass(Pass):
         details: dict[str, Any] = {}
         batches: list[torch.Tensor] = []
         if parameters.needs_calibration:
-            batches = _batches(context, parameters)
+            batches = calibration_text.batches(
+                context,
+                parameters.samples,
+                parameters.length,
+                without=f"method={parameters.chosen_method} needs calibration text; give one, or use method=rtn",
+            )
             text = context.calibration
             assert text is not None
             tokens = parameters.samples * parameters.length
@@ -212,37 +216,6 @@ class QuantizePass(Pass):
         from passes.quantize.kernels import repack
 
         return repack(model, options)
-
-
-def _batches(context: PassContext, parameters: QuantizeParameters) -> list[torch.Tensor]:
-    """Return calibration windows in batches, shape (B, T) each.
-
-    Raises
-    ------
-    PassError
-        If the text is too short.
-    """
-    from profilers.base import ProfilerError
-
-    text = context.calibration
-    if text is None:
-        raise PassError(f"method={parameters.chosen_method} needs calibration text; give one, or use method=rtn")
-    needed = parameters.samples * parameters.length
-    have = getattr(text, "ids", None)
-    if have is not None and have.numel() < needed:
-        raise PassError(
-            f"the calibration text '{text.name}' has {have.numel()} tokens, and samples={parameters.samples} of "
-            f"length={parameters.length} need {needed}; give a longer text, "
-            f"or samples={have.numel() // parameters.length}"
-        )
-    try:
-        windows = text.windows(parameters.samples, parameters.length)
-    except ProfilerError as error:
-        raise PassError(
-            f"the calibration text '{text.name}' is too short for length={parameters.length}: {error}"
-        ) from None
-    size = max(1, BATCH_TOKENS // parameters.length)
-    return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 
 def _records(

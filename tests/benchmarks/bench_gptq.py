@@ -98,7 +98,7 @@ def run_oneshot(loaded: Any, calibration: Any, group_size: int, samples: int) ->
     """Return the seconds that llm-compressor's own entry point takes for the same recipe on the same samples."""
     from torch.utils.data import DataLoader
 
-    from passes.quantize import BATCH_TOKENS
+    from passes.calibration_text import BATCH_TOKENS
     from passes.quantize.quiet import quiet_libraries
 
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:

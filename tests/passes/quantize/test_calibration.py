@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import passes.calibration_text
 import passes.quantize
 from passes.base import PassError
 from passes.quantize import QuantizePass, calibration, modifiers
@@ -101,7 +102,7 @@ def test_layers_with_one_input_share_a_hessian_that_is_computed_once(
 def test_inputs_that_stop_being_shared_are_calibrated_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes.quantize, "BATCH_TOKENS", LENGTH)  # a sample a batch
+    monkeypatch.setattr(passes.calibration_text, "BATCH_TOKENS", LENGTH)  # a sample a batch
     plain = build()
     quantize(plain, tmp_path / "plain")
     model = build()
@@ -204,7 +205,7 @@ def interrupted_after(parts: int) -> Iterator[None]:
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     name: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes.quantize, "BATCH_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(passes.calibration_text, "BATCH_TOKENS", 2 * LENGTH)
     quantize(build(name), tmp_path / "whole", tmp_path / "whole-out", **given)
     with interrupted_after(2), pytest.raises(Interrupted):
         quantize(build(name), tmp_path / "work", **given)
@@ -350,7 +351,7 @@ def test_memory_does_not_grow_with_samples(tmp_path: Path, monkeypatch: pytest.M
     """Count the activations that are alive while a layer is calibrated, with few and with many samples."""
     import gc
 
-    monkeypatch.setattr(passes.quantize, "BATCH_TOKENS", LENGTH)
+    monkeypatch.setattr(passes.calibration_text, "BATCH_TOKENS", LENGTH)
     forward = calibration._Run._forward
     alive: dict[int, int] = {}
     for method in ("gptq", "awq"):
@@ -406,8 +407,6 @@ def test_a_whole_run_is_recorded(tmp_path: Path) -> None:
 
 def test_windows_are_those_that_the_text_gives(tmp_path: Path) -> None:
     stream = TokenStream(torch.arange(4096) % VOCABULARY, "counting")
-    batches = passes.quantize._batches(
-        context(tmp_path, calibration=stream), passes.quantize.QuantizeParameters(**parameters(samples=40))
-    )
+    batches = passes.calibration_text.batches(context(tmp_path, calibration=stream), 40, LENGTH, without="none")
     assert torch.equal(torch.cat(batches), stream.windows(40, LENGTH))
     assert [len(batch) for batch in batches] == [32, 8]

@@ -1,0 +1,102 @@
+"""What instruments ask a model about its product-quantized cache: bytes at any size, and forwards through codes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from passes.kv_pq.layer import GROWTH, SLOTS, PQLayer
+from passes.kv_pq.through import through_codes
+from profilers.own_cache import LayerGrowth
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from passes.kv_pq.codebooks import Codebooks
+
+
+class Footprint:
+    """The cache that a model makes with these codebooks, as :class:`profilers.own_cache.OwnCache`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Kept and recent tokens have its dtype.
+    codebooks : Codebooks
+    """
+
+    def __init__(self, model: PreTrainedModel, codebooks: Codebooks) -> None:
+        self._model = model
+        self._codebooks = codebooks
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the codebooks."""
+        return self._codebooks.bytes
+
+    @property
+    def layers(self) -> dict[int, LayerGrowth]:
+        """What each compressed layer keeps of one sequence."""
+        return {
+            index: LayerGrowth(
+                cache_class=PQLayer.__name__,
+                kind=PQLayer.cache_kind,
+                bytes_per_token=self._coded_bytes(index),
+                fixed_bytes=self._exact_bytes(index),
+                growing_bytes_per_token=0,
+            )
+            for index in self._codebooks.layers
+        }
+
+    def layer_bytes(self, layer: int, batch: int, prompt: int, decoded: int) -> int:
+        """Return what a layer holds after a prompt and so many single steps: see :class:`passes.kv_pq.layer.PQLayer`."""
+        slots = capacity(prompt, decoded, self._codebooks.recent_tokens, ahead=self._model.device.type == "cuda")
+        return batch * (self._exact_bytes(layer) + slots * self._coded_bytes(layer))
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Return a context in which forwards go through the codes: see :mod:`passes.kv_pq.through`."""
+        return through_codes(self._model, self._codebooks)
+
+    def _coded_bytes(self, layer: int) -> int:
+        books = self._codebooks.layers[layer]
+        return sum(side.codes * side.heads for side in (books.keys, books.values))
+
+    def _exact_bytes(self, layer: int) -> int:
+        books, itemsize = self._codebooks.layers[layer], self._model.dtype.itemsize
+        tokens = self._codebooks.kept_tokens + self._codebooks.recent_tokens
+        return sum(tokens * side.heads * side.head_dim * itemsize for side in (books.keys, books.values))
+
+
+def capacity(prompt: int, decoded: int, recent: int, *, ahead: bool = False) -> int:
+    """Return for how many slots a layer has storage for codes after a prompt and so many single steps.
+
+    Parameters
+    ----------
+    prompt, decoded : int
+        Tokens.
+    recent : int
+        Size of the recent block, of which the older half becomes codes when it is full.
+    ahead : bool
+        Whether storage is reserved when the block is three quarters full, as on CUDA.
+    """
+    batch = max(1, recent - recent // 2)
+    slots = coded = reserved = 0
+
+    def reserve(needed: int) -> None:
+        nonlocal slots
+        if needed > slots:
+            slots = -(-max(needed, slots + slots // GROWTH) // SLOTS) * SLOTS
+
+    if prompt > recent:
+        coded = max(0, prompt - recent // 2) // batch * batch
+        reserve(coded)
+    for length in range(prompt, prompt + decoded + 1):
+        if length == prompt > recent:
+            continue  # a long prompt is encoded at once
+        if ahead and not reserved and length - coded >= max(batch, recent * 3 // 4):
+            reserved = batch
+            reserve(coded + batch)
+        if length - coded >= max(recent, 1):
+            reserve(coded + batch)
+            coded, reserved = coded + batch, 0
+    return slots
