@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from passes.base import PassError
+from passes.kv_pq.layer_views import exact, exact_mask
 from profilers.attention_kernels import BLOCK_ELEMENTS, additive_mask, attention_with_lse
 
 if TYPE_CHECKING:
@@ -134,9 +135,9 @@ def attend_layer(
                 mask=None if given is None else given[..., : layer.coded],
             )
         )
-    keys, values = layer.exact(query.dtype)
+    keys, values = exact(layer, query.dtype)
     if keys.shape[2]:
-        visible = layer.exact_mask(query.shape[2], given, causal=causal)
+        visible = exact_mask(layer, query.shape[2], given, causal=causal)
         parts.append(attention_with_lse(query, keys, values, mask=visible, scale=scale, softcap=softcap))
     if layer.waiting is not None:
         keys, values = layer.waiting

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +22,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from passes.base import PassError
 from passes.kv_pq import attention
 from passes.kv_pq.codebooks import Codebooks
-from passes.kv_pq.layer import PQLayer, Rows, on_device
+from passes.kv_pq.layer import PQLayer
+from passes.kv_pq.layer_views import Rows
+from passes.kv_pq.placement import on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -185,29 +187,30 @@ class PQCache(Cache):  # type: ignore[misc]
             mask = mask.get("full_attention")
         if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
             if not first.length:
-                self._set_rows(Rows.of(torch.zeros(0, dtype=torch.int64), first.kept_tokens, plain=mask is None))
-            elif first.rows.plain is not (mask is None):
-                self._set_rows(Rows(first.rows.padding, first.rows.start, first.rows.most, mask is None))
+                self._set_rows(Rows.of(torch.zeros(0, dtype=torch.int64), first.kept_tokens))
+            self._set_plain(mask is None)
             return
         shown = mask if mask.ndim == 2 else mask[:, 0, -1]
         shown = shown.bool() if mask.ndim == 2 or mask.dtype == torch.bool else shown >= 0
-        padding = shown.int().argmax(-1)
-        slots = torch.arange(shown.shape[1], device=shown.device)
-        plain = mask.ndim == 2 and bool((shown == (slots >= padding[:, None])).all())
         if not first.length:
-            self._set_rows(Rows.of(padding, first.kept_tokens, plain=plain))
-            return
-        before = first.rows.padding.to(padding.device)
-        if padding.shape != before.shape:
-            raise PassError(f"the cache holds {before.shape[0]} sequences and the attention mask {padding.shape[0]}")
-        if bool((padding < before).any()):
+            self._set_rows(Rows.of(shown.int().argmax(-1), first.kept_tokens))
+        before = first.rows.padding.to(shown.device)
+        if first.length and before.shape[0] != shown.shape[0]:
+            raise PassError(f"the cache holds {before.shape[0]} sequences and the attention mask {shown.shape[0]}")
+        slots = torch.arange(shown.shape[1], device=shown.device)
+        hidden = slots < before[:, None]
+        expected = bool((shown != hidden).all())
+        if not expected and bool((shown & hidden).any()):
             raise PassError(
                 "the attention mask shows slots that were hidden as padding when the cache was filled; "
                 "use a new cache, or the mask that it was filled with"
             )
-        plain = plain and bool((padding == before).all())
-        if plain is not first.rows.plain:
-            self._set_rows(Rows(first.rows.padding, first.rows.start, first.rows.most, plain))
+        self._set_plain(expected and mask.ndim == 2)
+
+    def _set_plain(self, plain: bool) -> None:
+        for layer in self.compressed:
+            if layer.rows.plain is not plain:
+                layer.rows = replace(layer.rows, plain=plain)
 
     def _set_rows(self, rows: Rows) -> None:
         for layer in self.compressed:
@@ -274,7 +277,7 @@ def attach(model: PreTrainedModel, codebooks: Codebooks) -> None:
         wants = named.get("use_cache")
         wants = config.use_cache if wants is None else wants
         if cache is None and wants and not module.training:
-            cache = named["past_key_values"] = PQCache(module.config, codebooks)  # type: ignore[arg-type]
+            cache = named["past_key_values"] = PQCache(module.config, codebooks)
         if isinstance(cache, PQCache):
             if cache.config is not config:
                 raise PassError("this cache was made for another model; make it with PQCache(model.config, codebooks)")
@@ -328,7 +331,7 @@ def _preparing(codebooks: Codebooks) -> Callable[..., None]:
         given = model_kwargs.get("past_key_values")
         getattr(type(model), _PREPARE)(model, generation_config, model_kwargs, *args, **kw)
         made = model_kwargs.get("past_key_values")
-        if given is None and type(made) is DynamicCache and not made.offloading:
+        if given is None and made is not None and type(made) is DynamicCache and not made.offloading:
             cache = PQCache(model.config, codebooks)
             if generation_config.is_assistant:
                 cache.activate_past_recording()

@@ -15,15 +15,15 @@ in full precision.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from passes.base import PassError
 from passes.kv_pq import attention
+from passes.kv_pq.layer_views import Rows, dequantized
+from passes.kv_pq.placement import on_device, side_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,41 +37,6 @@ SLOTS = 64
 """Capacity is a multiple of this."""
 ENCODED_TOKENS = 4096
 """Encoded at a time, so that temporaries do not grow with the prompt."""
-
-_moved: WeakKeyDictionary[LayerCodebooks, dict[torch.device, LayerCodebooks]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Left padding of the sequences in a batch.
-
-    Attributes
-    ----------
-    padding : torch.Tensor
-        Shape (B,), int64: slots before the first token of each row.
-    start : torch.Tensor
-        Shape (B,), int64: first slot that is not kept.
-    most : int
-        No row has more padding.
-    plain : bool
-        Whether the current attention mask hides nothing but the padding (and what comes later).
-    """
-
-    padding: torch.Tensor
-    start: torch.Tensor
-    most: int = 0
-    plain: bool = True
-
-    @classmethod
-    def of(cls, padding: torch.Tensor, kept: int, *, plain: bool = True) -> Rows:
-        """Return the rows with this padding."""
-        return cls(padding, padding + kept, int(padding.max()) if padding.numel() else 0, plain)
-
-    def to(self, device: torch.device) -> Rows:
-        """Return the same on another device."""
-        if self.padding.device == device:
-            return self
-        return Rows(self.padding.to(device), self.start.to(device), self.most, self.plain)
 
 
 class PQLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -320,7 +285,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
     def _encode_ahead(self, batch: int) -> None:
         """Start encoding the oldest recent tokens on a side stream; they are needed when the block is full."""
         self._reserve(self.coded + batch)
-        stream = _side_stream(self.device)
+        stream = side_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         old = slice(self.kept_tokens, self.kept_tokens + batch)
         with torch.cuda.stream(stream):
@@ -372,88 +337,34 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             chosen = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
             block[:, :, :kept] = torch.where(here, chosen.to(block.dtype), block[:, :, :kept])
 
-    # --- reading ----------------------------------------------------------------------------------------------------
-
-    def exact(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return kept tokens, where any is history, and recent ones: (B, H, n, D)."""
-        first = 0 if self.coded else self.kept_tokens
-        last = self.kept_tokens + self._recent
-        return self.exact_keys[:, :, first:last].to(dtype), self.exact_values[:, :, first:last].to(dtype)
-
-    @property
-    def _recent(self) -> int:
-        """Tokens in the recent block."""
-        return (self.past if self.waiting is not None else self.length) - self.coded
-
-    def exact_mask(self, queries: int, given: torch.Tensor | None, *, causal: bool) -> torch.Tensor | None:
-        """Return what the latest queries see of :meth:`exact`: None for all, or a mask (B, 1, queries or 1, n).
-
-        Parameters
-        ----------
-        queries : int
-            The last slots are theirs.
-        given : torch.Tensor or None
-            The model's mask over all slots, (B, 1, queries, length), where it says more than padding and causality.
-        causal : bool
-        """
-        inner = causal and queries > 1 and self.waiting is None
-        clear = self.coded >= self.rows.most + self.kept_tokens or (not self.coded and not self.rows.most)
-        if given is None and clear and not inner:
-            return None
-        padding = self.rows.padding[:, None]
-        slots = torch.arange(self.coded, self.coded + self._recent, device=self.device).expand(padding.shape[0], -1)
-        seen = slots >= padding
-        if self.coded:
-            kept = padding + torch.arange(self.kept_tokens, device=self.device)
-            slots, seen = torch.cat([kept, slots], 1), torch.cat([kept < self.coded, seen], 1)
-        visible = seen[:, None, None, :]
-        if given is not None:
-            index = slots.clamp(max=given.shape[-1] - 1)[:, None, None, :]
-            chosen = given.expand(padding.shape[0], -1, -1, -1)
-            chosen = chosen.gather(3, index.expand(-1, chosen.shape[1], chosen.shape[2], -1))
-            if chosen.dtype == torch.bool:
-                return visible & chosen
-            return chosen.masked_fill(~visible, -torch.inf)
-        if inner:
-            ends = torch.arange(self.length - queries, self.length, device=self.device)
-            visible = visible & (slots[:, None, None, :] <= ends[:, None])
-        return visible
-
     def _with_history(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return everything that is held, decoded, with new keys and values after it."""
         if not self.length:
             return keys, values
-        held = self.dequantized(keys.dtype)
+        held = dequantized(self, keys.dtype)
         return torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
 
-    def dequantized(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of every slot, (B, H, length, D), decoded; slots of padding hold no meaning.
+    def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Return the tensors, cut to the tokens there are, and the numbers that :meth:`restore` takes."""
+        if not self.is_initialized:
+            return {}, {}
+        self._wait()
+        exact = slice(0, self.kept_tokens + self.length - self.coded)
+        held = {
+            name: tensor[:, :, exact if name.startswith("exact") else slice(0, self.coded)]
+            for name, tensor in self.cached_tensors().items()
+        }
+        return held, {"length": self.length, "coded": self.coded}
 
-        Parameters
-        ----------
-        dtype : torch.dtype or None
-            None: that of kept and recent tokens.
-        """
-        dtype = dtype or self.dtype
-        out = []
-        for kind, block in (("keys", self.exact_keys), ("values", self.exact_values)):
-            side: VectorQuantizer = getattr(self.codebooks, kind)
-            whole = block.new_empty(*block.shape[:2], self.length, block.shape[3], dtype=dtype)
-            for at in range(0, self.coded, ENCODED_TOKENS):
-                end = min(at + ENCODED_TOKENS, self.coded)
-                codes = (self.key_codes if kind == "keys" else self.value_codes)[:, :, at:end]
-                part = side.decode(codes, torch.float32)
-                if kind == "keys" and self.codebooks.rope is not None:
-                    slots = torch.arange(at, end, device=self.device)
-                    part = self.codebooks.rope.rotate(part, slots - self.rows.padding[:, None])
-                whole[:, :, at:end] = part.to(dtype)
-            slots = self.rows.padding[:, None] + torch.arange(self.kept_tokens, device=self.device)
-            row, item = (slots < self.coded).nonzero(as_tuple=True)
-            whole[row, :, slots[row, item]] = block[row, :, item].to(dtype)
-            recent = slice(self.kept_tokens, self.kept_tokens + self.length - self.coded)
-            whole[:, :, self.coded :] = block[:, :, recent].to(dtype)
-            out.append(whole)
-        return out[0], out[1]
+    def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int], rows: Rows) -> None:
+        """Take over what :meth:`saved` returned."""
+        self.lazy_initialization(tensors["exact_keys"], tensors["exact_values"])
+        self.set_rows(rows)
+        self.length = self.past = numbers["length"]
+        self._reserve(numbers["coded"])
+        self.coded = numbers["coded"]
+        for name, tensor in tensors.items():
+            getattr(self, name)[:, :, : tensor.shape[2]] = tensor
 
     # --- transformers' cache layer ----------------------------------------------------------------------------------
 
@@ -488,10 +399,14 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = self.past = length
 
     def reset(self) -> None:
-        """Forget all tokens and keep the storage."""
-        if self.is_initialized:
-            self.crop(-self.length)
-        self._unattended, self.decodes, self.waiting = False, False, None
+        """Forget all tokens and give back the storage."""
+        self._wait()
+        for name in self.cached_tensors():
+            delattr(self, name)
+        self.is_initialized = self._unattended = self.decodes = False
+        self.waiting = None
+        self.length = self.past = self.coded = self._ahead = 0
+        self.rows = Rows.of(torch.zeros(0, dtype=torch.int64), self.kept_tokens)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the rows in another order, as beam search does."""
@@ -530,54 +445,3 @@ def grown_capacity(held: int, needed: int) -> int:
     """Return the slots that codes get room for when ``held`` are too few for the ``needed`` ones."""
     wanted = max(needed, held + held // GROWTH)
     return -(-wanted // SLOTS) * SLOTS
-
-
-def layer_bytes(
-    codebooks: LayerCodebooks,
-    *,
-    kept_tokens: int,
-    recent_tokens: int,
-    itemsize: int,
-    batch: int,
-    prompt: int,
-    decoded: int,
-) -> int:
-    """Return what a layer holds after a prompt and so many single steps, to the byte.
-
-    Parameters
-    ----------
-    codebooks : LayerCodebooks
-    kept_tokens, recent_tokens : int
-    itemsize : int
-        Bytes of one value in full precision.
-    batch, prompt, decoded : int
-        Sequences, tokens of the prompt, tokens decoded one by one after it.
-    """
-    sides = (codebooks.keys, codebooks.values)
-    exact = sum(side.heads * side.head_dim for side in sides) * (kept_tokens + recent_tokens) * itemsize
-    coded, slots = ready_tokens(prompt, recent_tokens), 0
-    if coded:
-        slots = grown_capacity(0, coded)
-    while coded < ready_tokens(prompt + decoded, recent_tokens):
-        coded += batch_tokens(recent_tokens)
-        slots = grown_capacity(slots, coded) if coded > slots else slots
-    return batch * (exact + slots * sum(side.heads * side.codes for side in sides))
-
-
-def on_device(codebooks: LayerCodebooks, device: torch.device) -> LayerCodebooks:
-    """Return codebooks on a device: the same object each time, since kernels prepare tables by it."""
-    if codebooks.keys.centroids.device == device:
-        return codebooks
-    there = _moved.setdefault(codebooks, {})
-    if device not in there:
-        there[device] = codebooks.to(device)
-    return there[device]
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
