@@ -317,6 +317,8 @@ class Pass(ABC):
         Names of passes that it must come before or after, where both are in the recipe.
     excludes : tuple of str
         Names of passes that it cannot be combined with; its own name if it runs once only.
+    files : tuple of str
+        Safetensors files that :meth:`save` puts beside the weights; any other fails the audit.
     extra : str or None
         The optional dependency that it needs, ``pip install 'effcli[EXTRA]'``.
     """
@@ -329,6 +331,7 @@ class Pass(ABC):
     before: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     excludes: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
 
     def __init__(self, parameters: PassParameters) -> None:
@@ -389,6 +392,27 @@ class Pass(ABC):
     @abstractmethod
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write what :meth:`apply` changed into a folder, as safetensors and JSON."""
+
+    def check_files(self, folder: Path, model: PreTrainedModel) -> tuple[str, ...]:
+        """Hold what :meth:`save` put beside the weights against the model, from the bytes on disk.
+
+        Parameters
+        ----------
+        folder : Path
+        model : PreTrainedModel
+            The checkpoint's, on the meta device.
+
+        Returns
+        -------
+        tuple of str
+            What was found, one line each, for the audit's notes.
+
+        Raises
+        ------
+        PassError
+            Naming the tensor and what is wrong with it.
+        """
+        return ()
 
     def load(self, folder: Path, model: PreTrainedModel, options: LoadOptions) -> LoadRecord:
         """Prepare a model that transformers has just read from ``folder`` to run as this pass means it to.

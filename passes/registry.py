@@ -13,6 +13,7 @@ from passes.base import Pass, PassError
 from profilers.plugins import discover, named
 
 GROUP = "effcli.passes"
+WEIGHTS = frozenset({"weights", "structure"})
 
 
 @functools.cache
@@ -56,7 +57,9 @@ def check_order(chain: Sequence[Pass]) -> None:
                     if first.name == second.name
                     else f"passes '{first.name}' and '{second.name}' cannot be combined; leave one out"
                 )
-            if second.name in first.after or first.name in second.before:
+            misplaced = second.name in first.after or first.name in second.before
+            # What a pass adds beside the weights is made for them, and a pass that writes new ones leaves it behind.
+            if misplaced or (second.changes & WEIGHTS and not first.changes & WEIGHTS):
                 raise PassError(
                     f"pass '{first.name}' must come after '{second.name}'; "
                     f"give --pass {second.name} before --pass {first.name}"

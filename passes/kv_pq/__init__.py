@@ -88,7 +88,7 @@ class KVPQPass(Pass):
 
     def apply(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
         """Train codebooks and attach them: afterwards the model makes product-quantized caches."""
-        from passes.kv_pq import cache, fit, selfcheck
+        from passes.kv_pq import fit, selfcheck
 
         parameters, found = self.parameters, self._targets(model)
         text = context.calibration
@@ -99,7 +99,7 @@ class KVPQPass(Pass):
         codebooks, trained = fit.train(model, batches, parameters, seed=context.seed, progress=context.progress)
         codebooks.check(model.config)
         selfcheck.check_runs(model, codebooks)
-        cache.attach(model, codebooks)
+        _attach(model, codebooks)
         setattr(model, _CODEBOOKS, codebooks)
         details = {
             **trained,
@@ -136,7 +136,7 @@ class KVPQPass(Pass):
         """Hold the codebooks on disk against the model that they are for."""
         from passes.kv_pq.saved import check
 
-        return check(folder / FILE, model.config, self._targets(model))
+        return check(folder / FILE, self._targets(model))
 
     def load(self, folder: Path, model: PreTrainedModel, options: LoadOptions) -> LoadRecord:
         """Make the model keep its cache as codes, whoever calls it."""
@@ -145,8 +145,18 @@ class KVPQPass(Pass):
 
         codebooks = Codebooks.load(folder)
         codebooks.check(model.config)
-        cache.attach(model, codebooks)
+        _attach(model, codebooks)
         return LoadRecord(notes=(_summary(codebooks), *cache.describe(model)))
+
+
+def _attach(model: PreTrainedModel, codebooks: Codebooks) -> None:
+    """Make the model keep its cache as codes, and say so to instruments."""
+    from passes.kv_pq.cache import attach
+    from passes.kv_pq.footprint import Footprint
+    from profilers import own_cache
+
+    attach(model, codebooks)
+    setattr(model, own_cache.ATTRIBUTE, Footprint(model, codebooks))
 
 
 def _records(codebooks: Codebooks, trained: Mapping[str, Any]) -> tuple[LayerRecord, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from passes.kv_pq.layer import GROWTH, SLOTS, PQLayer
+from passes.kv_pq.layer import PQLayer, batch_tokens, grown_capacity, ready_tokens
 from passes.kv_pq.through import through_codes
 from profilers.own_cache import LayerGrowth
 
@@ -26,8 +27,14 @@ class Footprint:
     """
 
     def __init__(self, model: PreTrainedModel, codebooks: Codebooks) -> None:
-        self._model = model
+        self._model_of = weakref.ref(model)  # the model holds this
         self._codebooks = codebooks
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        model = self._model_of()
+        assert model is not None
+        return model
 
     @property
     def shared_bytes(self) -> int:
@@ -49,7 +56,7 @@ class Footprint:
         }
 
     def layer_bytes(self, layer: int, batch: int, prompt: int, decoded: int) -> int:
-        """Return what a layer holds after a prompt and so many single steps: see :class:`passes.kv_pq.layer.PQLayer`."""
+        """Return what a layer holds after a prompt and so many single steps, to the byte."""
         slots = capacity(prompt, decoded, self._codebooks.recent_tokens, ahead=self._model.device.type == "cuda")
         return batch * (self._exact_bytes(layer) + slots * self._coded_bytes(layer))
 
@@ -79,24 +86,19 @@ def capacity(prompt: int, decoded: int, recent: int, *, ahead: bool = False) -> 
     ahead : bool
         Whether storage is reserved when the block is three quarters full, as on CUDA.
     """
-    batch = max(1, recent - recent // 2)
+    batch = batch_tokens(recent)
     slots = coded = reserved = 0
-
-    def reserve(needed: int) -> None:
-        nonlocal slots
-        if needed > slots:
-            slots = -(-max(needed, slots + slots // GROWTH) // SLOTS) * SLOTS
-
-    if prompt > recent:
-        coded = max(0, prompt - recent // 2) // batch * batch
-        reserve(coded)
+    if prompt > recent:  # encoded at once
+        coded = ready_tokens(prompt, recent)
+        slots = grown_capacity(0, coded) if coded else 0
     for length in range(prompt, prompt + decoded + 1):
-        if length == prompt > recent:
-            continue  # a long prompt is encoded at once
-        if ahead and not reserved and length - coded >= max(batch, recent * 3 // 4):
-            reserved = batch
-            reserve(coded + batch)
-        if length - coded >= max(recent, 1):
-            reserve(coded + batch)
+        full = length - coded >= max(recent, 1)
+        early = ahead and not reserved and length - coded >= max(batch, recent * 3 // 4)
+        if length == prompt > recent or not (full or early):
+            continue
+        if coded + batch > slots:
+            slots = grown_capacity(slots, coded + batch)
+        reserved = batch
+        if full:
             coded, reserved = coded + batch, 0
     return slots

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from passes.base import PassError
 from passes.kv_pq import attention
+from passes.kv_pq.placement import on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,6 @@ def through_codes(model: PreTrainedModel, codebooks: Codebooks) -> Iterator[None
     """
     if not model._can_set_attn_implementation():
         raise PassError(f"{type(model).__name__} does not use transformers' attention interface, which this needs")
-    on_device: dict[tuple[int, torch.device], LayerCodebooks] = {}
 
     def attend(
         module: torch.nn.Module,
@@ -66,10 +66,8 @@ def through_codes(model: PreTrainedModel, codebooks: Codebooks) -> Iterator[None
         index = getattr(module, "layer_idx", None)
         books = codebooks.layers.get(index) if index is not None else None
         if books is not None and query.shape[2] == key.shape[2] > codebooks.kept_tokens:
-            place = (index, key.device)
-            if place not in on_device:
-                on_device[place] = books.to(key.device)
-            key, value = decoded(on_device[place], key, value, codebooks.kept_tokens, _padding(attention_mask, key))
+            here = on_device(books, key.device)
+            key, value = decoded(here, key, value, codebooks.kept_tokens, _padding(attention_mask, key))
         return attention.forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(NAME, attend)
