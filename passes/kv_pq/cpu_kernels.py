@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import platform
-import weakref
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from passes.base import PassError
+from passes.kv_pq.by_identity import by_identity
 from passes.kv_pq.codebooks import LayerCodebooks
 from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer
 from passes.kv_pq.rope import Rope
@@ -26,9 +26,8 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-er
 ROPE_BLOCK = 64
 """Tokens that the operator takes at a time (``kBlock``)."""
 _FIRST_ROPE_BLOCKS = 64
-
-_Made = TypeVar("_Made")
-_Of = TypeVar("_Of")
+_DONE = "loaded"
+"""File beside a build that has been loaded once: one that was cut off is never taken for it."""
 
 
 class Tables(NamedTuple):
@@ -195,18 +194,28 @@ def _built() -> str | None:
 
     if platform.system() == "Windows":
         return "it needs GCC's or Clang's vector extensions, and this is Windows"
-    if not cpp_extension.is_ninja_available():
-        return "ninja is not installed"
     name = f"effcli_kv_pq_{_digest()}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / name
     try:
-        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-        with FileLock(folder.with_suffix(".filelock")):
-            # torch's own lock outlives a process that was killed, and waits for it for ever.
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "filelock"):
+            if (folder / _DONE).is_file():
+                torch.ops.load_library(folder / f"{name}.so")  # type: ignore[no-untyped-call]
+                return None
+            if not cpp_extension.is_ninja_available():
+                return "ninja is not installed"
+            # torch's own lock outlives a process that was killed, and the next would wait for it for ever.
             (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(
-                name, [str(SOURCE)], extra_cflags=[*FLAGS], extra_ldflags=["-fopenmp"], build_directory=str(folder),
+                name,
+                [str(SOURCE)],
+                extra_cflags=[*FLAGS],
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(folder),
                 is_python_module=False,
-            )  # fmt: skip
+            )
+            (folder / _DONE).touch()
     except (OSError, RuntimeError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
         return f"building it failed: {lines[0].strip() if lines else type(error).__name__}"
@@ -222,27 +231,12 @@ def _digest() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _by_identity(make: Callable[[_Of], _Made]) -> Callable[[_Of], _Made]:
-    """Return ``make`` with what it returned kept for as long as its argument lives."""
-    kept: dict[int, _Made] = {}
-
-    @functools.wraps(make)
-    def wrapped(of: _Of) -> _Made:
-        made = kept.get(id(of))
-        if made is None:
-            made = kept[id(of)] = make(of)
-            weakref.finalize(of, kept.pop, id(of), None)
-        return made
-
-    return wrapped
-
-
-@_by_identity
+@by_identity
 def _key_tables(layer: LayerCodebooks) -> Tables:
     return _tables(layer.keys, layer.rope)
 
 
-@_by_identity
+@by_identity
 def _value_tables(values: VectorQuantizer) -> Tables:
     return _tables(values, None)
 
@@ -287,7 +281,7 @@ def _pair_order(rope: Rope, dim: int) -> torch.Tensor:
     return torch.cat([turned, torch.arange(rope.width, dim)])
 
 
-@_by_identity
+@by_identity
 def _kept_ropes(_rope: Rope) -> dict[int, RopeTables]:
     return {}
 
@@ -307,7 +301,7 @@ def _rope_tables(rope: Rope, dim: int, stop: int) -> RopeTables:
     return found
 
 
-@_by_identity
+@by_identity
 def _encoder_tables(side: VectorQuantizer) -> EncoderTables:
     heads, _, dim = side.centroids.shape
     order = side.part.argsort(dim=-1, stable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -185,12 +186,25 @@ def test_tables_go_with_their_codebooks() -> None:
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
+    ninja = shutil.which("ninja")
+    assert ninja is not None
     code = (
         "from passes.kv_pq import cpu_kernels\n"
         "print(cpu_kernels.available())\n"
         "try:\n    cpu_kernels._require()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
     )
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    for expected in ("ninja is not installed", "building it failed: "):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        reason, error = done.stdout.splitlines()
+        assert reason.startswith(expected)
+        assert error.startswith(f"{PassError.__name__} kv-pq's CPU operator cannot be used ({reason})")
+        (tmp_path / "ninja").symlink_to(ninja)
+
+
+def test_a_build_is_used_again(tmp_path: Path) -> None:
+    assert cpu_kernels.available() is None  # this process has built it, so another needs neither ninja nor compiler
+    code = "from passes.kv_pq import cpu_kernels\nprint(cpu_kernels.available())\n"
+    environment = os.environ | {"PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    reason, error = done.stdout.splitlines()
-    assert reason != "None" and error.startswith(f"{PassError.__name__} kv-pq's CPU operator cannot be used ({reason})")
+    assert done.stdout == "None\n"
