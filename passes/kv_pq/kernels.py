@@ -172,10 +172,10 @@ def attend_all(
         sums, highest, total, stop, exact, scale, softcap or 0.0,
         *key_codes.stride()[:3], *value_codes.stride()[:3], *exact_keys.stride(), *exact_values.stride(),
         KEY_CODES=layer.keys.codes, VALUE_CODES=layer.values.codes, HEADS=heads, ROWS=rows, DIM=dim,
-        BLOCK_ROWS=block_rows, BLOCK=BLOCK, HALF=half, WIDTH=width, CODE_SPLITS=code_splits, EXACT_SPLITS=max(exact_splits, 1), HAS_ROPE=layer.rope is not None,
-        HAS_BIAS=bias is not None, HAS_KEY_GAINS=layer.keys.gains is not None,
-        HAS_VALUE_GAINS=layer.values.gains is not None, HAS_MEAN=tables.key_mean is not None,
-        HAS_SOFTCAP=softcap is not None, HAS_VISIBLE=visible is not None,
+        BLOCK_ROWS=block_rows, BLOCK=BLOCK, HALF=half, WIDTH=width, CODE_SPLITS=code_splits,
+        EXACT_SPLITS=max(exact_splits, 1), HAS_ROPE=layer.rope is not None, HAS_BIAS=bias is not None,
+        HAS_KEY_GAINS=layer.keys.gains is not None, HAS_VALUE_GAINS=layer.values.gains is not None,
+        HAS_MEAN=tables.key_mean is not None, HAS_SOFTCAP=softcap is not None, HAS_VISIBLE=visible is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     merge_splits[(batch * heads * rows,)](
