@@ -49,7 +49,7 @@ class PQCache(Cache):  # type: ignore[misc]
     dtype : torch.dtype or None
         Of kept and recent tokens; None: that of the model's keys.
     capacity : int or None
-        Slots to preallocate. Longer contexts are not refused: storage then grows by an eighth at a time.
+        Slots to preallocate. Longer contexts are not refused: storage then grows in steps, as it does without.
 
     Raises
     ------

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from passes.kv_pq.codebooks import LayerCodebooks
     from passes.kv_pq.quantizer import VectorQuantizer
 
-GROWTH = 8
-"""When codes outgrow their storage it gets an eighth larger, so all copying together stays linear in the tokens."""
 SLOTS = 64
 """Capacity is a multiple of this."""
+GROWTH = 512
+"""When codes outgrow their storage it gets this part of itself larger, at least ``SLOTS``: what is copied by then is a
+few percent of what attention has read, and what is held is never much more than the tokens."""
 ENCODED_TOKENS = 4096
 """Encoded at a time, so that temporaries do not grow with the prompt."""
 
