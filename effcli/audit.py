@@ -7,6 +7,7 @@
     config.json ──────────────────────> what quantization_config claims ─────┤
     pass records ─────────────────────> layers left alone, and why ──────────┘
     tensors, a block at a time ───────> NaN and infinity
+    files beside the weights ─────────> a pass of the chain claims each, and holds its content against the model
 
 What it checks, and against what, is listed in ``docs/optimize.md``.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,12 +25,13 @@ from effcli.checkpoint_files import CONFIG, read_json
 from effcli.expected_tensors import Expected, expected_tensors
 from effcli.quantization_claims import Claim, Claims
 from effcli.reports.optimize_model import AuditedClass
-from effcli.stored_tensors import DTYPES, AuditError, Stored, check_finite, read_headers, read_shapes
+from effcli.stored_tensors import DTYPES, AuditError, Stored, check_finite, read_header, read_headers, read_shapes
+from passes.base import PassError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from passes.base import PassRecord
+    from passes.base import Pass, PassRecord
 
 _QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 _PARTS = (
@@ -49,9 +51,9 @@ class Audit:
     rows : tuple of AuditedClass
     notes : tuple of str
     stored_bytes : int
-        Of all tensors.
+        Of all tensors of the weights.
     file_bytes : int
-        Of the weight files, headers included.
+        Of the weight files and of what passes put beside them, headers included.
     parameters : int
         Of the original model, each shared tensor once.
     """
@@ -76,7 +78,7 @@ class _Tally:
     elements: int = 0
 
 
-def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord]) -> Audit:
+def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord], passes: Sequence[Pass] = ()) -> Audit:
     """Check every tensor of a checkpoint and say how it is stored.
 
     Parameters
@@ -87,6 +89,8 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord]) -
         On the meta device, as the checkpoint's tensors must be named and shaped before quantization.
     records : sequence of PassRecord
         Of the passes that made it; their ``skipped`` layers need not be quantized.
+    passes : sequence of Pass
+        That made it; each checks the files that it put beside the weights.
 
     Raises
     ------
@@ -136,13 +140,49 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord]) -
         tally.stored_bytes += item.bytes
         tally.elements += math.prod(item.shape)
     check_finite(stored.values())
+    added, found_there = _beside(folder, {item.file for item in stored.values()}, model, passes)
     return Audit(
-        rows=tuple(_row(key, tally) for key, tally in tallies.items()),
-        notes=_notes(stored, cache, claims),
+        rows=(*(_row(key, tally) for key, tally in tallies.items()), *added),
+        notes=(*_notes(stored, cache, claims), *found_there),
         stored_bytes=sum(item.bytes for item in stored.values()),
-        file_bytes=file_bytes,
+        file_bytes=file_bytes + sum((folder / row.tensor_class).stat().st_size for row in added),
         parameters=sum(item.numel() for item in model.parameters()),
     )
+
+
+def _beside(
+    folder: Path, weights: Collection[Path], model: PreTrainedModel, passes: Sequence[Pass]
+) -> tuple[list[AuditedClass], list[str]]:
+    """Account for every safetensors file beside the weights; return a row for each, and what its pass found there."""
+    there = {path.name: path for path in sorted(folder.glob("*.safetensors")) if path not in weights}
+    claimed = {name for item in passes for name in item.files}
+    for name in there:
+        if name not in claimed:
+            raise AuditError(f"'{name}' lies beside the weights and no pass of this run puts it there")
+    rows = []
+    for name in sorted(claimed):
+        if name not in there:
+            raise AuditError(f"'{name}' is missing, which a pass of this run was to write")
+        tensors = read_header(there[name])
+        check_finite(tensors.values())
+        held = sum(tensor.bytes for tensor in tensors.values())
+        kinds = sorted({DTYPES[tensor.dtype][0] for tensor in tensors.values()})
+        rows.append(
+            AuditedClass(
+                tensor_class=name,
+                dtype="+".join(kinds),
+                bits=8 * held / sum(math.prod(tensor.shape) for tensor in tensors.values()),
+                modules=len({tensor.rpartition(".")[0] for tensor in tensors}),
+                parameters=0,
+                stored_bytes=held,
+                quantized=False,
+                reason="beside the weights, not counted with them",
+            )
+        )
+    try:
+        return rows, [note for item in passes if item.files for note in item.check_files(folder, model)]
+    except PassError as error:
+        raise AuditError(str(error)) from error
 
 
 def _assign(

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from effcli import assembly, measuring, planning, provenance, worker
 from effcli import dry_run as dry_runs
 from effcli.audit import audit
-from effcli.checkpoint_files import find_weights
 from effcli.disk import free_bytes
 from effcli.dry_run import DryRun as DryRun
 from effcli.dry_run import disk_needed
@@ -304,7 +303,7 @@ class Run:
             del loaded
             _release(job.device)
         with self.times.stage("audit", own=True):
-            found = audit(folder, self._expected_model(folder), records)
+            found = audit(folder, self._expected_model(folder), records, job.chain[:number])
         return {
             "record": plain(record),
             "audit": plain(found),
@@ -374,13 +373,11 @@ def _planned_from(data: Mapping[str, Any]) -> tuple[PlannedPass, ...]:
 
 
 def _carry_weights(loaded: LoadedModel, previous: Path | None, folder: Path) -> None:
-    """Put weights that a pass does not change into its folder: the files of the stage before, else as loaded."""
+    """Put what a pass does not change into its folder: the files of the stage before, else the weights as loaded."""
     if previous is None:
         loaded.model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
         return
-    weights = find_weights(previous)
-    assert weights is not None
-    for path in weights.files:
+    for path in previous.glob("*.safetensors"):  # weights, and what passes put beside them
         link_or_copy(path, folder / path.name)
     for path in previous.glob("*.json"):  # copies: a pass may write into its config
         if path.name != provenance.FILE:

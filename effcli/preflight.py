@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effcli import builtin_models, gates, staging
+from effcli import builtin_models, gates, provenance, staging
 from effcli.checkpoint_files import combined_sha256, find_weights, sha256_each, sha256_of
 from effcli.errors import BadInputError, SourceError
 from effcli.recipes import Recipe
@@ -194,6 +194,7 @@ def prepare(
         if source.kind == "config" or source.path is None:
             raise SourceError(f"'{model}' has no weights to optimize; give a model folder, a .gguf file or a hub id")
         staging.check_target(target, source.path, force=force)
+        _check_nothing_is_lost(model, source.path)
         bare = loading.load(
             source, device=options.device, dtype=options.dtype, config_only=True, progress=progress, **options.trust
         )
@@ -228,6 +229,19 @@ def prepare(
             {path: digest for path, digest in digests.items() if path.suffix in _WEIGHT_SUFFIXES}
         ),
     )
+
+
+def _check_nothing_is_lost(spec: str, folder: Path) -> None:
+    """Refuse a checkpoint with files that a pass put beside its weights: a new one would not have them."""
+    from passes import registry
+
+    made = provenance.read(folder) if folder.is_dir() else None
+    for record in made.passes if made else ():
+        if registry.load(record.name).files:
+            raise BadInputError(
+                f"'{spec}' was made by {record.name}, and what that put beside the weights would be lost; give its "
+                f"original, and all passes: --pass … --pass {record.name}"
+            )
 
 
 def source_files(source: Source) -> list[Path]:

@@ -51,24 +51,15 @@ def read_headers(folder: Path) -> tuple[dict[str, Stored], int]:
     AuditError
         If a tensor is in two files, or the index says otherwise than the files.
     """
-    from safetensors import SafetensorError, safe_open
-
     weights = find_weights(folder)
     if weights is None:
         raise AuditError(f"'{folder}' holds no weights")
     stored: dict[str, Stored] = {}
     for path in weights.files:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    if name in stored:
-                        raise AuditError(f"'{name}' is stored twice, in '{stored[name].file.name}' and '{path.name}'")
-                    view = opened.get_slice(name)
-                    if view.get_dtype() not in DTYPES:
-                        raise AuditError(f"'{name}' has the unknown type {view.get_dtype()}")
-                    stored[name] = Stored(name, path, view.get_dtype(), tuple(view.get_shape()))
-        except SafetensorError as error:
-            raise AuditError(f"'{path}' is truncated or damaged ({error})") from None
+        for name, tensor in read_header(path).items():
+            if name in stored:
+                raise AuditError(f"'{name}' is stored twice, in '{stored[name].file.name}' and '{path.name}'")
+            stored[name] = tensor
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         said = read_json(index)["weight_map"]
@@ -76,6 +67,29 @@ def read_headers(folder: Path) -> tuple[dict[str, Stored], int]:
             if name not in stored or said.get(name) != stored[name].file.name:
                 raise AuditError(f"'{index.name}' and the files disagree on where '{name}' is")
     return stored, sum(path.stat().st_size for path in weights.files)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Return every tensor that one safetensors file names.
+
+    Raises
+    ------
+    AuditError
+        If the file is damaged, or a type is not known.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    stored: dict[str, Stored] = {}
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                view = opened.get_slice(name)
+                if view.get_dtype() not in DTYPES:
+                    raise AuditError(f"'{name}' has the unknown type {view.get_dtype()}")
+                stored[name] = Stored(name, path, view.get_dtype(), tuple(view.get_shape()))
+    except SafetensorError as error:
+        raise AuditError(f"'{path}' is truncated or damaged ({error})") from None
+    return stored
 
 
 def check_finite(tensors: Iterable[Stored]) -> None:

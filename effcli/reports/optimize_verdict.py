@@ -18,6 +18,7 @@ NOTABLE_LOSS = 1.10
 HEAVY_LOSS = 2.0
 """Perplexity ratio from which the result is called unusable."""
 NOTABLE_MEMORY = 0.05
+CACHE_PASS = "kv-pq"
 
 
 def optimize_verdict(report: Report) -> tuple[str, str, str]:
@@ -49,6 +50,10 @@ def gained(report: Report, found: dict[str, Change]) -> str:
             won.append(f"{text} ({signed_percent(size.ratio - 1)}{at})")
         else:
             level.append(f"{text}, no smaller")
+    cache = found.get("kv_bytes_per_token")
+    if cache is not None and cache.status == "better" and cache.ratio is not None:
+        text = f"KV cache {figure(cache.before, 'bytes')} → {figure(cache.after, 'bytes')} a token"
+        won.append(f"{text} ({signed_percent(cache.ratio - 1)})")
     memory = found.get("peak_memory_bytes")
     if memory is not None and memory.status == "better" and (memory.ratio or 1.0) <= 1 - NOTABLE_MEMORY:
         won.append(f"peak memory {figure(memory.before, 'bytes')} → {figure(memory.after, 'bytes')}")
@@ -125,23 +130,33 @@ def following(report: Report, found: dict[str, Change]) -> str:
             f"{printable(gate.get('gate'))}: {printable(gate.get('explanation') or 'not met')}".rstrip(".")
             for gate in failed
         )
-        return f"Next: nothing was published, a gate failed{f' ({why})' if why else ''}; {_gentler()}."
+        return f"Next: nothing was published, a gate failed{f' ({why})' if why else ''}; {_gentler(report)}."
     perplexity = found.get("perplexity")
     ratio = perplexity.ratio if perplexity is not None and perplexity.status == "worse" else None
     speed, size = found.get("tpot_seconds"), found.get("stored_bytes")
     if ratio is not None and ratio >= HEAVY_LOSS:
-        return f"Next: do not serve this, it lost too much; {_gentler()}."
+        return f"Next: do not serve this, it lost too much; {_gentler(report)}."
     if speed is not None and speed.status == "worse":
-        smaller = size is not None and size.status == "better"
+        cache = found.get("kv_bytes_per_token")
+        smaller = any(change is not None and change.status == "better" for change in (size, cache))
         memory = "take the result only where memory or disk is what you lack" if smaller else "keep the original"
         return f"Next: for speed keep the original on this device; {memory}. To use it: {_use(report)}."
     if ratio is not None and ratio >= NOTABLE_LOSS:
-        return f"Next: weigh the loss before serving; {_gentler()}. To use it: {_use(report)}."
+        return f"Next: weigh the loss before serving; {_gentler(report)}. To use it: {_use(report)}."
     return f"Next: {_use(report)}."
 
 
-def _gentler() -> str:
-    return "try more bits (scheme=w8a16, or scheme=auto,bits=5) or smaller groups"
+def _gentler(report: Report) -> str:
+    names = pass_names(report)
+    offers = ["scheme=w8a16, or scheme=auto,bits=5"] if names - {CACHE_PASS} or not names else []
+    offers += [f"{CACHE_PASS}:bits=8"] if CACHE_PASS in names else []
+    groups = " or smaller groups" if names != {CACHE_PASS} else ""
+    return f"try more bits ({'; '.join(offers)}){groups}"
+
+
+def pass_names(report: Report) -> set[str]:
+    """Return the names of the passes that ran."""
+    return {str(record.get("name")) for record in items(report, "passes") if isinstance(record, dict)}
 
 
 def folder(report: Report) -> str:
@@ -151,7 +166,9 @@ def folder(report: Report) -> str:
 
 def readers(report: Report) -> Sequence[str]:
     """Return what else reads the checkpoint: a pass that only changes weights writes the portable format."""
-    names = {str(record.get("name")) for record in items(report, "passes") if isinstance(record, dict)}
+    names = pass_names(report)
+    if CACHE_PASS in names:
+        return ("plain transformers, with a cache of its own,",)
     return ("plain transformers", "vLLM") if names == {"quantize"} else ("plain transformers",)
 
 

@@ -72,6 +72,6 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, cache: object) -> torch.T
 
     found = []
     with torch.no_grad():
-        for part in (ids[:, :PROMPT_TOKENS], *ids[:, PROMPT_TOKENS:].split(1, 1)):
+        for part in (ids[:, :PROMPT_TOKENS], *torch.split(ids[:, PROMPT_TOKENS:], 1, dim=1)):
             found.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits[:, -1].float())
     return torch.stack(found)

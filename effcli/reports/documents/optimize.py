@@ -91,12 +91,13 @@ def _tiles(found: tuple[Change, ...]) -> tuple[Tile, ...]:
         ("stored_bytes", "Weights"),
         ("tokens_per_second", "Decode, tokens/s"),
         ("ttft_seconds", "Time to first token"),
+        ("kv_bytes_per_token", "KV cache a token"),
         ("peak_memory_bytes", "Peak memory"),
         ("perplexity", "Perplexity"),
         ("joules_per_token", "Energy a token"),
     ):
         entry = next((entry for entry in found if entry.metric == key and entry.after is not None), None)
-        if entry is not None:
+        if entry is not None and not (key == "kv_bytes_per_token" and entry.status == "same"):
             basis = f"before {change.figure(entry.before, entry.unit)}; {change.words(entry)}"
             tiles.append(Tile(label, change.figure(entry.after, entry.unit), basis))
     return tuple(tiles)

@@ -11,6 +11,10 @@ from effcli.formatting import printable
 from effcli.reports.blocks import Block, Chart, Facts, Report, Section, Table, columns, items, unique
 
 
+OWN = "quantized"
+"""Kind of layers whose model makes a cache of its own, in few bits already."""
+
+
 def cache_bytes(result: Report) -> Callable[[float, float], float]:
     """Return bytes of one sequence's cache as a function of its context and of the width of a cached value.
 
@@ -18,6 +22,7 @@ def cache_bytes(result: Report) -> Callable[[float, float], float]:
 
         layer    min(fixed + slope x context, state + growing x context)    the second only with a window
         at b     state + (layer - state) x b / native width                 recurrent states keep theirs
+                 layer                                                       of a cache that the model makes itself
     """
     native = bits_of(result.get("dtype"))
     layers = items(result, "layers") or [result]
@@ -27,17 +32,18 @@ def cache_bytes(result: Report) -> Callable[[float, float], float]:
             float(layer.get("fixed_bytes") or 0),
             float(layer.get("bytes_per_token_growing") or 0) if layer.get("window") else None,
             float(layer.get("state_bytes") or 0),
+            layer.get("kind") == OWN,
         )
         for layer in layers
     )
 
     def total(context: float, bits: float) -> float:
         whole = 0.0
-        for (slope, fixed, growing, state), count in terms.items():
+        for (slope, fixed, growing, state, own), count in terms.items():
             held = fixed + slope * context
             if growing is not None:
                 held = min(held, state + growing * context)
-            whole += count * (state + (held - state) * bits / native)
+            whole += count * (held if own else state + (held - state) * bits / native)
         return whole
 
     return total
@@ -76,6 +82,8 @@ def _facts(result: Report) -> Facts:
         pairs.append(("before windows fill", f"{_exact(growing)} a token"))
     if latent is not None:
         pairs.append(("latent, as a serving engine holds it", f"{_exact(latent)} a token"))
+    if result.get("shared_bytes"):
+        pairs.append(("codebooks, once for all sequences", fmt.data_size(result["shared_bytes"])))
     if cross is not None:
         pairs.append(("cross-attention", f"{_exact(cross)} an encoder token"))
     pairs.append(("as large as the weights at", f"{crossover:,} tokens" if crossover is not None else fmt.MISSING))
@@ -154,6 +162,8 @@ def _fits(result: Report) -> Table:
     notes = ["By memory alone; payload bits, scales not counted. Longest context: tokens of one sequence."]
     if contexts:
         notes.append("Batch at a context: sequences of so many tokens.")
+    if any(layer.get("kind") == OWN for layer in items(result, "layers")):
+        notes.append("Layers that are quantized already are counted as they are, whatever the width.")
     if limit is not None:
         notes.append(f"The model itself is limited to {limit:,} tokens.")
     if result.get("memory_reason"):
