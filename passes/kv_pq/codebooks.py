@@ -129,13 +129,13 @@ class Codebooks:
         """Write ``kv_codebooks.safetensors`` into a folder."""
         from safetensors.torch import save_file
 
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}  # copies: layers may share codebooks, and safetensors refuses that
         for index, layer in self.layers.items():
             for kind in KINDS:
                 for name, tensor in getattr(layer, kind).tensors().items():
-                    tensors[f"layers.{index}.{kind}.{name}"] = tensor.cpu().contiguous()
+                    tensors[f"layers.{index}.{kind}.{name}"] = tensor.cpu().contiguous().clone()
             if layer.rope is not None:
-                tensors[f"layers.{index}.rope"] = layer.rope.frequencies.cpu().contiguous()
+                tensors[f"layers.{index}.rope"] = layer.rope.frequencies.cpu().contiguous().clone()
         said = {
             "format": FORMAT,
             "model": asdict(self.model),

@@ -10,7 +10,6 @@ from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports.blocks import Block, Chart, Facts, Report, Section, Table, columns, items, unique
 
-
 OWN = "quantized"
 """Kind of layers whose model makes a cache of its own, in few bits already."""
 
