@@ -117,34 +117,50 @@ def attend_layer(
     softcap : float or None
     causal : bool
     """
-    rows = layer.rows
+    rows, queries = layer.rows, query.shape[2]
     given = None if rows.plain else mask
+    history: dict[str, Any] = {
+        "start": rows.start,
+        "stop": layer.coded,
+        "offset": rows.padding,
+        "scale": scale,
+        "softcap": softcap,
+    }
+    keys, values = exact(layer, query.dtype)
+    visible = exact_mask(layer, queries, given, causal=causal)
+    codes = (layer.key_codes, layer.value_codes)
+    if queries == 1 and given is None and layer.waiting is None and query.device.type == "cuda":
+        found = _kernels_for(layer.codebooks, query.device)
+        if not isinstance(found, str):  # everything in one launch
+            shown = None if visible is None else visible[:, 0, 0]
+            return [
+                found.attend_all(
+                    query, *codes, layer.codebooks, exact_keys=keys, exact_values=values, visible=shown, **history
+                )
+            ]
     parts = []
     if layer.coded:
-        parts.append(
-            attend(
-                query,
-                layer.key_codes,
-                layer.value_codes,
-                layer.codebooks,
-                start=rows.start,
-                stop=layer.coded,
-                offset=rows.padding,
-                scale=scale,
-                softcap=softcap,
-                mask=None if given is None else given[..., : layer.coded],
-            )
-        )
-    keys, values = exact(layer, query.dtype)
+        seen = None if given is None else given[..., : layer.coded]
+        parts.append(attend(query, *codes, layer.codebooks, mask=seen, **history))
     if keys.shape[2]:
-        visible = exact_mask(layer, query.shape[2], given, causal=causal)
-        parts.append(attention_with_lse(query, keys, values, mask=visible, scale=scale, softcap=softcap))
+        parts.append(_attend_exact(query, keys, values, visible, scale=scale, softcap=softcap))
     if layer.waiting is not None:
         keys, values = layer.waiting
         new = None if mask is None else mask[..., layer.past :]
-        square = causal and new is None and query.shape[2] > 1
-        parts.append(attention_with_lse(query, keys, values, mask=new, is_causal=square, scale=scale, softcap=softcap))
+        square = causal and new is None and queries > 1
+        parts.append(_attend_exact(query, keys, values, new, is_causal=square, scale=scale, softcap=softcap))
     return parts
+
+
+def _attend_exact(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, **options: Any
+) -> Part:
+    """Attend in full precision; a query that sees nothing has a log-sum-exp of -inf, which not all kernels say."""
+    output, lse = attention_with_lse(query, keys, values, mask=mask, **options)
+    if mask is not None:
+        seen = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1)
+        lse = lse.masked_fill(~seen, -torch.inf)
+    return output, lse
 
 
 def merge(parts: list[Part]) -> Part:
@@ -178,8 +194,9 @@ def attend(
     Kernels read codes once a query, so many queries, and masks that say more than padding, are computed in torch.
     """
     common: dict[str, Any] = {"start": start, "stop": stop, "offset": offset, "scale": scale, "softcap": softcap}
-    found = kernels(query.device) if mask is None and query.shape[2] <= KERNEL_QUERIES else None
-    if found is None or isinstance(found, str):
+    few = mask is None and query.shape[2] <= KERNEL_QUERIES
+    found = _kernels_for(layer, query.device) if few else "there are too many queries"
+    if isinstance(found, str):
         return attend_reference(query, key_codes, value_codes, layer, mask=mask, **common)
     output, lse = found.attend(query, key_codes, value_codes, layer, **common)
     return output, lse
@@ -200,7 +217,19 @@ def kernels(device: torch.device) -> ModuleType | str:
         from passes.kv_pq import cpu_kernels
 
         return cpu_kernels.available() or cpu_kernels
+    if device.type == "cuda":
+        from passes.kv_pq import kernels as triton_kernels
+
+        return triton_kernels.available(device) or triton_kernels
     return f"there are no kernels for {device.type}"
+
+
+def _kernels_for(layer: LayerCodebooks, device: torch.device) -> ModuleType | str:
+    """Return the module for a device, or why it cannot be used for these codebooks."""
+    found = kernels(device)
+    if not isinstance(found, str) and device.type == "cuda":
+        return found.unsupported(layer) or found
+    return found
 
 
 def attend_reference(

@@ -8,13 +8,13 @@ where it would have created a ``DynamicCache``.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["PQCache", "PQLayer", "attach", "describe", "detach", "fallback_reason"]
 
 _PREPARE = "_prepare_cache_for_generation"
+_STATE = "_effcli_kv_pq"
 
 
 class PQCache(Cache):  # type: ignore[misc]
@@ -137,6 +138,16 @@ class PQCache(Cache):  # type: ignore[misc]
         fill(cache, Path(folder), torch.device(device or "cpu"))
         return cache
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PQCache:
+        """Copy what is held; the model's config and the codebooks are shared, as a prefix is copied to be reused."""
+        for layer in self.compressed:
+            layer.share(memo)
+        memo |= {id(item): item for item in (self.config, self.codebooks)}
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
     @property
     def compressed(self) -> list[PQLayer]:
         """Layers that are held as codes."""
@@ -192,8 +203,8 @@ class PQCache(Cache):  # type: ignore[misc]
             return
         shown = mask if mask.ndim == 2 else mask[:, 0, -1]
         shown = shown.bool() if mask.ndim == 2 or mask.dtype == torch.bool else shown >= 0
-        if not first.length:
-            self._set_rows(Rows.of(shown.int().argmax(-1), first.kept_tokens))
+        if first.rows.most >= first.length:  # none held yet, or a row has had nothing but padding
+            self._set_rows(Rows.of(_leading_hidden(shown, first.rows.padding, first.length), first.kept_tokens))
         before = first.rows.padding.to(shown.device)
         if first.length and before.shape[0] != shown.shape[0]:
             raise PassError(f"the cache holds {before.shape[0]} sequences and the attention mask {shown.shape[0]}")
@@ -217,6 +228,13 @@ class PQCache(Cache):  # type: ignore[misc]
             layer.set_rows(rows)
 
 
+def _leading_hidden(shown: torch.Tensor, before: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the left padding (B,) that a mask (B, S) says; it is settled for rows that hold a token already."""
+    padding = (shown.int().cumsum(-1) == 0).sum(-1)
+    before = before.to(padding.device)
+    return torch.where(before < length, before, padding) if length else padding
+
+
 def _check(config: PreTrainedConfig, codebooks: Codebooks) -> None:
     """Refuse codebooks and a model that are not made for each other."""
     if config.is_encoder_decoder:
@@ -238,13 +256,9 @@ def _check(config: PreTrainedConfig, codebooks: Codebooks) -> None:
 class _Attached:
     """What :func:`attach` changed, to be put back."""
 
-    codebooks: Codebooks
     hook: torch.utils.hooks.RemovableHandle
     implementation: str
     reason: str | None
-
-
-_attached: WeakKeyDictionary[torch.nn.Module, _Attached] = WeakKeyDictionary()
 
 
 def attach(model: PreTrainedModel, codebooks: Codebooks) -> None:
@@ -273,6 +287,7 @@ def attach(model: PreTrainedModel, codebooks: Codebooks) -> None:
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(names, args, strict=False)) | kwargs
+        config: Any = module.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
         cache = named.get("past_key_values")
         wants = named.get("use_cache")
         wants = config.use_cache if wants is None else wants
@@ -286,12 +301,12 @@ def attach(model: PreTrainedModel, codebooks: Codebooks) -> None:
 
     hook = decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
     setattr(model, _PREPARE, MethodType(_preparing(codebooks), model))
-    _attached[model] = _Attached(codebooks, hook, before, reason)
+    setattr(model, _STATE, _Attached(hook, before, reason))
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`; a model that is not attached stays as it is."""
-    state = _attached.pop(model, None)
+    state: _Attached | None = vars(model).pop(_STATE, None)
     if state is None:
         return
     state.hook.remove()
@@ -301,7 +316,7 @@ def detach(model: PreTrainedModel) -> None:
 
 def fallback_reason(model: PreTrainedModel) -> str | None:
     """Return why an attached model reads decoded keys and values instead of codes; None if it reads codes."""
-    state = _attached.get(model)
+    state: _Attached | None = vars(model).get(_STATE)
     return "the model is not attached" if state is None else state.reason
 
 

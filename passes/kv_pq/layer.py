@@ -367,6 +367,11 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         for name, tensor in tensors.items():
             getattr(self, name)[:, :, : tensor.shape[2]] = tensor
 
+    def share(self, memo: dict[int, Any]) -> None:
+        """Make a deep copy share what is not this layer's own."""
+        self._wait()
+        memo |= {id(item): item for item in (self.config, self.codebooks)}
+
     # --- transformers' cache layer ----------------------------------------------------------------------------------
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -39,7 +39,10 @@ def random_quantizer(
     )
     unit = 1.0 if gains else spread
     if parts == head_dim:
-        centroids = torch.linspace(-5 * unit, 5 * unit, CENTROIDS)[None, :, None].expand(heads, -1, head_dim).clone()
+        reach = unit * (
+            1.5 * head_dim**0.5 if gains else 5
+        )  # a vector that is divided by its RMS has no larger channel
+        centroids = torch.linspace(-reach, reach, CENTROIDS)[None, :, None].expand(heads, -1, head_dim).clone()
     else:
         centroids = unit * torch.randn(heads, CENTROIDS, head_dim, generator=random)
     dense = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=random))[0]
@@ -49,7 +52,7 @@ def random_quantizer(
         part=part,
         weight=0.5 + torch.rand(heads, head_dim, generator=random),
         mean=0.1 * spread * torch.randn(heads, head_dim, generator=random),
-        gains=spread * torch.logspace(-2, 2, CENTROIDS).expand(heads, -1).contiguous() if gains else None,
+        gains=spread * torch.logspace(-2, 1, CENTROIDS).expand(heads, -1).contiguous() if gains else None,
         basis=dense if basis else None,
         inverse=torch.linalg.inv(dense) if basis else None,
     )
@@ -185,7 +188,7 @@ def brute_force(model: PreTrainedModel, codebooks: Codebooks) -> Iterator[None]:
         if attention_mask is not None:
             assert attention_mask.dtype == torch.bool
             visible = attention_mask
-            padding = attention_mask[:, 0, -1].int().argmax(-1)
+            padding = (attention_mask[:, 0, -1].int().cumsum(-1) == 0).sum(-1)
         k, v = key.double(), value.double()
         layer = codebooks.layers.get(module.layer_idx)  # type: ignore[call-overload]
         coded = coded_slots(total - new, codebooks.recent_tokens)

@@ -124,15 +124,15 @@ def test_instruments_count_what_is_held_to_the_byte(llama: PreTrainedModel, code
 def test_storage_grows_in_steps_and_not_within_its_capacity(llama: PreTrainedModel, codebooks: Codebooks) -> None:
     keys, values = states(1)
     grown = {}
-    for capacity in (None, 600):
+    for capacity in (None, 200):
         cache = PQCache(llama.config, codebooks, capacity=capacity)
         places = set()
-        for _ in range(600):
+        for _ in range(200):
             layer = feed(cache, keys, values, (1,))
             places.add(layer.key_codes.shape[2])
         grown[capacity] = len(places)
         assert layer.key_codes.shape[2] - layer.coded <= 2 * SLOTS
-    assert grown == {None: 1 + 600 // SLOTS + 1, 600: 1 + 1}  # nothing at first
+    assert grown == {None: 1 + 200 // SLOTS + 1, 200: 1 + 1}  # nothing at first
 
 
 def test_a_longer_context_than_preallocated_is_held_as_any_other(llama: PreTrainedModel, codebooks: Codebooks) -> None:
