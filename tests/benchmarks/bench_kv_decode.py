@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from effcli.devices import choose_device, native_dtypes
+from passes.calibration_text import BATCH_TOKENS
 from passes.kv_pq.cache import PQCache, attach, describe, detach
 from passes.kv_pq.codebooks import Codebooks
 from passes.kv_pq.layer import PQLayer
@@ -290,7 +291,8 @@ def trained(model: PreTrainedModel, split: TextSplit, bits: float) -> tuple[Code
 
     started = time.perf_counter()
     windows = split.calibration.separate_windows(SAMPLES, LENGTH)
-    codebooks, _ = train(model, list(windows[:, None]), KVPQParameters(bits=bits), seed=0)
+    batches = list(windows.split(max(1, BATCH_TOKENS // LENGTH)))
+    codebooks, _ = train(model, batches, KVPQParameters(bits=bits), seed=0)
     return codebooks, time.perf_counter() - started
 
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils.logging import disable_progress_bar
 
+from passes.calibration_text import BATCH_TOKENS
 from profilers.quality import QualityResult, Reference, measure_quality, record_reference
 from profilers.text import TextSplit, split_texts
 from tests.benchmarks.kv_baselines.base import Baseline, Samples, collect
@@ -45,8 +46,6 @@ SAMPLES, LENGTH = 32, 512
 KV_PQ_BITS = (2.0, 3.0, 4.0, 4.25, 4.5)
 LIMITS = ((4.25, 1.03), (4.5, 1.02))
 """Effective bits up to which a best kv-pq row must have at most this ratio of perplexity to the original's."""
-CLASSES = (2, 3, 4)
-"""Nominal bits at which kv-pq must be below every baseline of the same nominal bits that takes as many or more."""
 
 METHODS: tuple[tuple[type[Baseline], tuple[Any, ...]], ...] = (
     (FP8, ()),
@@ -166,7 +165,8 @@ class Harness:
 
         started = time.perf_counter()
         parameters = KVPQParameters(bits=bits, kept=self.kept)
-        codebooks, _ = train(self.model, list(self.calibration[:, None]), parameters, seed=0)
+        batches = list(self.calibration.split(max(1, BATCH_TOKENS // self.calibration.shape[1])))
+        codebooks, _ = train(self.model, batches, parameters, seed=0)
         fitted = time.perf_counter() - started
         row = self.row(KVPQ(bits, codebooks.to(self.model.device)))
         return replace(row, fit_seconds=fitted)
@@ -214,7 +214,7 @@ def _wanted(name: str, only: list[str]) -> bool:
 def verdicts(found: list[Row]) -> list[dict[str, object]]:
     """Hold the kv-pq rows against their limits and against the baselines."""
     ours = [row for row in found if row.method == KVPQ.name]
-    lines = []
+    lines: list[dict[str, object]] = []
     for most, limit in LIMITS:
         best = min((row for row in ours if _bits(row) <= most), key=_ratio, default=None)
         lines.append(
@@ -227,18 +227,15 @@ def verdicts(found: list[Row]) -> list[dict[str, object]]:
             }
         )
     baselines = [row for row in found if row.effective_bits is not None and row.method != KVPQ.name]
-    for bits in CLASSES:
-        row = min((row for row in ours if int(row.bits or 0) == bits), key=_ratio, default=None)
-        rivals = [item for item in baselines if row is not None and item.bits == bits and _bits(item) >= _bits(row)]
-        above = [
-            f"{item.method} ({item.effective_bits} bits)" for item in rivals if row and _ratio(item) <= _ratio(row)
-        ]
+    for row in ours:
+        rivals = [item for item in baselines if item.bits == int(row.bits or 0) and _bits(item) >= _bits(row)]
+        above = [f"{item.method}, {item.effective_bits} bits" for item in rivals if _ratio(item) <= _ratio(row)]
         lines.append(
             {
                 "benchmark": "kv_quality_against_baselines",
-                "bits": bits,
-                "effective_bits": None if row is None else row.effective_bits,
-                "ratio": None if row is None else row.ratio,
+                "bits": row.bits,
+                "effective_bits": row.effective_bits,
+                "ratio": row.ratio,
                 "rivals": len(rivals),
                 "not_below": above,
                 "must_reach": "below every baseline of the same nominal bits that takes as many effective bits or more",

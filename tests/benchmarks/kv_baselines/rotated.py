@@ -79,8 +79,12 @@ class Rotated(Baseline):
         self.bits = bits
         self._dim = dim
         self._seed = seed
-        points = 2 ** (bits * dim)
-        self._grid = lloyd_max(points)[:, None].float() if dim == 1 else gaussian_grid(points, dim, seed)
+
+    @functools.cached_property
+    def _grid(self) -> torch.Tensor:
+        """Entries of the codebook, (points, dim); made when it is first needed."""
+        points = 2 ** (int(self.bits) * self._dim)
+        return lloyd_max(points)[:, None].float() if self._dim == 1 else gaussian_grid(points, self._dim, self._seed)
 
     def effective_bits(self, head_dim: int) -> float:
         return self.bits + SCALE_BITS / head_dim
