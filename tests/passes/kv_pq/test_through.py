@@ -1,4 +1,4 @@
-"""Forward passes through codes see decoded keys and values of all but the kept tokens, and leave the model as it was."""
+"""Forward passes through codes see decoded keys and values of all but the kept tokens, and change nothing else."""
 
 from __future__ import annotations
 
