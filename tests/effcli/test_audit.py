@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from effcli.audit import Audit, audit
 from effcli.errors import EffcliError
-from passes.base import PassRecord, Skipped
+from passes.base import Figures, Pass, PassError, PassParameters, PassRecord, Prediction, Skipped
 from tests.tiny_models import CONFIGS, build
 
 Tensors = dict[str, torch.Tensor]
@@ -282,3 +282,67 @@ def test_experts_of_a_real_pass_are_accounted_for(tmp_path: Path, name: str) -> 
     with pytest.raises(EffcliError, match="neither quantized nor recorded as skipped"):
         bare = PassRecord("quantize", {}, "")
         audit(tmp_path / "out", meta(name), (bare,))
+
+
+class Beside(Pass):
+    """Claims one file beside the weights, and refuses one content of it."""
+
+    name = "beside"
+    title = "Beside"
+    parameters_type = PassParameters
+    changes = frozenset({"kv-cache"})
+    files = ("extra.safetensors",)
+
+    def plan(self, profile: Any) -> Prediction:
+        return Prediction(Figures())
+
+    def apply(self, model: Any, context: Any) -> PassRecord:
+        return PassRecord("beside", {}, "")
+
+    def save(self, model: Any, folder: Path) -> None:
+        save_file({"layers.0.table": torch.ones(3, 5)}, folder / self.files[0])
+
+    def check_files(self, folder: Path, model: Any) -> tuple[str, ...]:
+        table = load_file(folder / self.files[0])["layers.0.table"]
+        if table.shape != (3, 5):
+            raise PassError(f"'layers.0.table' has shape {list(table.shape)}")
+        return ("a table is there",)
+
+
+def test_files_beside_the_weights_are_accounted_for_by_the_pass_that_put_them_there(tmp_path: Path) -> None:
+    folder, item = write(tmp_path, None), Beside(PassParameters())
+    alone = audit(folder, meta(), ())
+    with pytest.raises(EffcliError, match=r"'extra.safetensors' is missing, which a pass of this run was to write"):
+        audit(folder, meta(), (), [item])
+    item.save(None, folder)
+    with pytest.raises(EffcliError, match=r"'extra.safetensors' lies beside the weights and no pass of this run puts"):
+        audit(folder, meta(), ())
+    found = audit(folder, meta(), (), [item])
+    row = found.rows[-1]
+    assert (row.tensor_class, row.dtype, row.bits, row.stored_bytes) == ("extra.safetensors", "float32", 32.0, 60)
+    assert found.notes[-1] == "a table is there"
+    assert (found.stored_bytes, found.parameters) == (alone.stored_bytes, alone.parameters)  # weights only
+    assert found.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.full((3, 5), torch.nan), "'layers.0.table' holds NaN or infinity on disk"),
+        (torch.ones(2), r"'layers.0.table' has shape \[2\]"),
+    ],
+)
+def test_bad_content_beside_the_weights_is_named(tmp_path: Path, table: torch.Tensor, message: str) -> None:
+    folder = write(tmp_path, None)
+    save_file({"layers.0.table": table}, folder / "extra.safetensors")
+    with pytest.raises(EffcliError, match=message):
+        audit(folder, meta(), (), [Beside(PassParameters())])
+
+
+def test_a_file_cut_short_beside_the_weights_is_named(tmp_path: Path) -> None:
+    folder, item = write(tmp_path, None), Beside(PassParameters())
+    item.save(None, folder)
+    path = folder / "extra.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(EffcliError, match=r"extra.safetensors' is truncated or damaged"):
+        audit(folder, meta(), (), [item])

@@ -130,3 +130,10 @@ def test_allowed_orders_and_a_pass_that_runs_once():
     registry.check_order([early.from_mapping({}), early.from_mapping({}), late.from_mapping({})])
     with pytest.raises(PassError, match="pass 'late' can run only once"):
         registry.check_order([late.from_mapping({}), late.from_mapping({})])
+
+
+def test_weights_are_not_changed_after_something_was_made_for_them():
+    cache, weights = make_pass("cache", changes=frozenset({"kv-cache"})), make_pass("weights")
+    registry.check_order([weights.from_mapping({}), cache.from_mapping({})])
+    with pytest.raises(PassError, match="pass 'cache' must come after 'weights'; give --pass weights before"):
+        registry.check_order([cache.from_mapping({}), weights.from_mapping({})])
