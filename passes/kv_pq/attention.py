@@ -165,15 +165,13 @@ def _attend_exact(
 
 def merge(parts: list[Part]) -> Part:
     """Return the attention over the union of disjoint sets of keys; output in float32."""
-    if len(parts) == 1:
-        return parts[0]
-    every = torch.stack([lse for _, lse in parts])
-    total = every.logsumexp(0)
-    weights = torch.exp(every - torch.where(total == -torch.inf, 0.0, total))[..., None]
-    output = parts[0][0].float() * weights[0]
-    for weight, (item, _) in zip(weights[1:], parts[1:], strict=True):
-        output = torch.addcmul(output, weight, item.float())
-    return output, total
+    output, lse = parts[0]
+    output = output.float()
+    for other, other_lse in parts[1:]:
+        share = torch.sigmoid(other_lse - lse).nan_to_num(0.0)  # neither part has seen anything: both outputs are 0
+        output = torch.lerp(output, other.float(), share[..., None])
+        lse = torch.logaddexp(lse, other_lse)
+    return output, lse
 
 
 def attend(
