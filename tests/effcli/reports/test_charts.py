@@ -187,6 +187,14 @@ def test_cache_bytes_follow_windows_states_and_widths() -> None:
         assert size(context, 4) == pytest.approx(kept / 4 + state)
 
 
+def test_a_cache_that_is_quantized_already_is_as_it_is_at_every_width() -> None:
+    layers = (KVLayer(0, "quantized", "PQLayer", 34.0, 500, None, 0.0, 0, None),)
+    size = cache_bytes(
+        replace(samples.full(), profiles={"kv": replace(samples.kv(), layers=layers)}).to_dict()["profiles"]["kv"]
+    )
+    assert size(1000, 16) == size(1000, 4) == 34_500
+
+
 def test_cache_bytes_without_layers_use_the_totals() -> None:
     size = cache_bytes({"dtype": "float32", "bytes_per_token": 100.0, "fixed_bytes": 7})
     assert size(10, 32) == 1007

@@ -183,3 +183,31 @@ def test_an_evaluation_says_perplexity_with_its_interval() -> None:
     sentences = verdict(evaluation(perplexity=alone, kl=None, top1_agreement=None, tasks=[]))
     assert len(sentences) == 2 and "reference" not in sentences[0]
     assert verdict({"schema": EVAL_SCHEMA}) == ["Quality was not measured."]
+
+
+def smaller_cache(**after: Any) -> Any:
+    """A run that stored keys and values in few bits and left the weights alone."""
+    base = optimize_samples.no_gain()
+    record = replace(base.passes[0], name="kv-pq")
+    profiled = dict(base.after)
+    profiled["profiles"] = {
+        **profiled["profiles"],
+        "kv": {**profiled["profiles"]["kv"], "bytes_per_token": 6120.0, **after},
+    }
+    return replace(
+        base, after=profiled, figures_after=replace(base.figures_after, kv_bytes_per_token=6120.0), passes=(record,)
+    )
+
+
+def test_a_smaller_cache_is_a_gain_and_read_by_us_alone() -> None:
+    gained, _, following = lines(smaller_cache())
+    assert "KV cache 23.0 kB → 6.12 kB a token (−73 %)" in gained
+    assert "nothing" not in gained
+    assert "plain transformers, with a cache of its own, reads the same folder" in following
+
+
+def test_more_bits_are_advised_of_the_pass_that_ran() -> None:
+    report = replace(smaller_cache(), quality=optimize_samples.quality(17.05, (1.09, 1.15)))
+    following = lines(report)[2]
+    assert "try more bits (kv-pq:bits=8)" in following
+    assert "scheme" not in following
