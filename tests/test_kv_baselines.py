@@ -16,7 +16,7 @@ from tests.benchmarks.kv_baselines.kmeans import assign, kmeans
 from tests.benchmarks.kv_baselines.million import Million
 from tests.benchmarks.kv_baselines.rotated import Rotated, gaussian_grid, lloyd_max, random_rotation
 from tests.benchmarks.kv_baselines.transformers_caches import TransformersCache
-from tests.benchmarks.kv_baselines.uniform import KIVI, PerToken
+from tests.benchmarks.kv_baselines.uniform import KIVI, HalfQuadratic, PerToken
 from tests.tiny_models import build
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -180,9 +180,27 @@ def test_by_token_quantizes_keys_as_kivi_quantizes_values() -> None:
     assert torch.equal(got_values, kivi(0, keys, values, POSITIONS)[1])
 
 
+@pytest.mark.parametrize("bits", [4, 2])
+def test_half_quadratic_moves_zeros_to_lower_absolute_error(bits: int) -> None:
+    """Its levels are as far apart as round-to-nearest's, in each group, and lie elsewhere."""
+    x = torch.distributions.Laplace(0.0, 1.0).icdf(
+        torch.rand(1, 2, 50, 64, generator=torch.Generator().manual_seed(8)).clamp(1e-4, 1 - 1e-4)
+    )
+    plain, _ = PerToken(bits)(0, x, x, POSITIONS)
+    moved, _ = HalfQuadratic(bits)(0, x, x, POSITIONS)
+    assert (moved - x).abs().mean() < (plain - x).abs().mean()
+    for got, before in zip(moved.reshape(-1, 64), x.reshape(-1, 64), strict=True):
+        levels = got.unique()
+        step = np.float32(np.float16((before.max() - before.min()).item() / (2**bits - 1)))
+        steps = levels.diff() / step
+        steps = steps[steps > 0.5]  # the same level may come out with two roundings
+        assert torch.allclose(steps, steps.round(), atol=0.02)
+        assert round((steps.sum()).item()) <= 2**bits - 1
+
+
 def test_constant_groups_come_back() -> None:
     x = torch.full((1, 1, 8, 8), 0.25)
-    for got in KIVI(2, 4)(0, x, -x, POSITIONS):
+    for got in (*KIVI(2, 4)(0, x, -x, POSITIONS), *PerToken(2)(0, x, -x, POSITIONS)):
         assert torch.allclose(got.abs(), x, atol=2e-4)
 
 

@@ -38,7 +38,7 @@ from tests.benchmarks.kv_baselines.kv_pq import KVPQ
 from tests.benchmarks.kv_baselines.million import Million
 from tests.benchmarks.kv_baselines.rotated import Rotated
 from tests.benchmarks.kv_baselines.transformers_caches import BACKENDS, TransformersCache
-from tests.benchmarks.kv_baselines.uniform import KIVI, PerToken
+from tests.benchmarks.kv_baselines.uniform import KIVI, HalfQuadratic, PerToken
 
 BUILT_IN = "smollm2-135m"
 CONTEXT, WINDOWS = 1_024, 16
@@ -50,7 +50,7 @@ LIMITS = ((4.25, 1.03), (4.5, 1.02))
 METHODS: tuple[tuple[type[Baseline], tuple[Any, ...]], ...] = (
     (FP8, ()),
     *((KIVI, (bits, group)) for bits in (4, 3, 2) for group in (32, 64)),
-    *((PerToken, (bits,)) for bits in (4, 2)),
+    *((kind, (bits,)) for kind in (PerToken, HalfQuadratic) for bits in (4, 2)),
     *((TransformersCache, (backend, bits)) for backend in BACKENDS for bits in (4, 2)),
     *((Rotated, (bits, dim)) for bits in (4, 3, 2) for dim in (1, 2)),
     *((Million, (bits,)) for bits in (4, 3, 2)),
