@@ -68,7 +68,7 @@ class Size:
     before_bytes : int
         Of the model in the dtype that it was measured in, each shared tensor once.
     after_bytes : int
-        Of all tensors in the written files, scales included.
+        Of the weights in the written files, scales included.
     bits_per_parameter : float
         8 x ``after_bytes`` / ``parameters``.
     parameters : int
