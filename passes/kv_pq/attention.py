@@ -129,9 +129,9 @@ def attend_layer(
     keys, values = exact(layer, query.dtype)
     visible = exact_mask(layer, queries, given, causal=causal)
     codes = (layer.key_codes, layer.value_codes)
-    if queries == 1 and given is None and layer.waiting is None and query.device.type == "cuda":
+    if queries == 1 and given is None and layer.waiting is None:
         found = _kernels_for(layer.codebooks, query.device)
-        if not isinstance(found, str):  # everything in one launch
+        if hasattr(found, "attend_all"):  # everything in one launch
             shown = None if visible is None else visible[:, 0, 0]
             return [
                 found.attend_all(
@@ -225,9 +225,8 @@ def kernels(device: torch.device) -> ModuleType | str:
 def _kernels_for(layer: LayerCodebooks, device: torch.device) -> ModuleType | str:
     """Return the module for a device, or why it cannot be used for these codebooks."""
     found = kernels(device)
-    if not isinstance(found, str) and device.type == "cuda":
-        return found.unsupported(layer) or found
-    return found
+    unsupported = getattr(found, "unsupported", None)
+    return found if unsupported is None else unsupported(layer) or found
 
 
 def attend_reference(

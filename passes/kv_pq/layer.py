@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 from passes.base import PassError
 from passes.kv_pq import attention
 from passes.kv_pq.layer_views import Rows, dequantized
-from passes.kv_pq.placement import on_device, side_stream
+from passes.kv_pq.placement import Aside, aside, on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -75,7 +75,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
     """
 
     cache_kind: ClassVar = "quantized"
-    cache_shared: ClassVar = ("codebooks", "rows", "_made")
+    cache_shared: ClassVar = ("codebooks", "rows", "_aside")
     is_compileable = False
     is_croppable = True
     is_sliding = False
@@ -105,7 +105,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         self.decodes = False
         self._unattended = False
         self._ahead = 0  # slots after ``coded`` whose codes are being made on another stream
-        self._made: torch.cuda.Event | None = None
+        self._aside: Aside | None = None
 
     @property
     def batch_size(self) -> int:
@@ -124,7 +124,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         """Allocate what does not depend on the number of tokens."""
         self._check(key_states, value_states)
         self.dtype, self.device = self.exact_dtype or key_states.dtype, key_states.device
-        self.codebooks = on_device(self.codebooks, self.device)
+        self.codebooks, self._aside = on_device(self.codebooks, self.device), aside(self.device)
         batch, heads, _, size = key_states.shape
         slots = self.kept_tokens + self.recent_tokens
         sizes = (size, value_states.shape[-1])
@@ -244,8 +244,8 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             self.waiting = None
             return
         held, batch = self.length - self.coded, batch_tokens(self.recent_tokens)
-        if self.device.type == "cuda" and not self._ahead and held >= max(batch, self.recent_tokens * 3 // 4):
-            self._encode_ahead(batch)
+        if self._aside is not None and not self._ahead and held >= max(batch, self.recent_tokens * 3 // 4):
+            self._encode_ahead(self._aside, batch)
         if held >= max(self.recent_tokens, 1):
             self._shift(batch)
 
@@ -283,21 +283,16 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         for block in (self.exact_keys, self.exact_values):
             block[:, :, begin : begin + held - batch] = block[:, :, begin + batch : begin + held].clone()
 
-    def _encode_ahead(self, batch: int) -> None:
-        """Start encoding the oldest recent tokens on a side stream; they are needed when the block is full."""
+    def _encode_ahead(self, aside: Aside, batch: int) -> None:
+        """Start encoding the oldest recent tokens beside what follows; they are needed when the block is full."""
         self._reserve(self.coded + batch)
-        stream = side_stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
         old = slice(self.kept_tokens, self.kept_tokens + batch)
-        with torch.cuda.stream(stream):
-            self._write_codes(self.exact_keys[:, :, old], self.exact_values[:, :, old])
-            self._made = stream.record_event()
+        aside.run(lambda: self._write_codes(self.exact_keys[:, :, old], self.exact_values[:, :, old]))
         self._ahead = batch
 
     def _wait(self) -> None:
-        if self._made is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._made)
-            self._made = None
+        if self._aside is not None:
+            self._aside.wait()
 
     def _reserve(self, slots: int) -> None:
         """Make room for the codes of so many slots."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,6 +200,27 @@ def test_models_compute_what_their_codes_say(name: str) -> None:
     model = sharp(tiny_models.build(name))
     check(model, random_codebooks(model, parts=(3, 4), kept=3, gains=True, rope=True, spread=0.3), PADDED, CHUNKS)
     assert fallback_reason(model) == "the model is not attached"
+
+
+def test_kernels_that_take_everything_get_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for codes, kept and recent tokens, where there are kernels for it and a single query a row."""
+    calls = []
+
+    def attend_all(query: Any, *codes: Any, exact_keys: Any, exact_values: Any, visible: Any, **given: Any) -> Any:
+        calls.append(visible)
+        seen = torch.ones(1, dtype=torch.bool) if visible is None else visible[:, None, None]
+        exact = dense_attention(query, exact_keys, exact_values, seen, given["scale"])
+        return attention.merge([attention.attend_reference(query, *codes, **given), tuple(x.float() for x in exact)])
+
+    fake = SimpleNamespace(
+        attend=attention.attend_reference, attend_all=attend_all, encode=lambda x, side: side.encode(x),
+        unsupported=lambda layer: None,
+    )  # fmt: skip
+    monkeypatch.setattr(attention, "kernels", lambda device: fake)
+    model = sharp(tiny_models.build("llama"))
+    check(model, random_codebooks(model, parts=3, kept=3, rope=True, spread=0.3), PADDED, CHUNKS)
+    assert len(calls) == 2 * CHUNKS.count(1)
+    assert calls[0] is not None and calls[-1] is None  # later on nothing is hidden
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4], ids=["MQA", "MHA"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from passes.base import PassError
 from passes.kv_pq import attention
+from passes.kv_pq import layer as layer_module
 from passes.kv_pq.cache import PQCache, attach
 from passes.kv_pq.cache_files import FILE
 from passes.kv_pq.codebooks import Codebooks
@@ -228,6 +232,65 @@ def test_transformers_may_ask_it_everything(llama: PreTrainedModel, codebooks: C
     assert cache.is_sliding == [False, False] and cache.is_linear == [False, False]
     cache.activate_past_recording()
     assert len(cache) == 2
+
+
+class Later:
+    """Work that is done at the last moment: what a stream of a GPU may do, so that a missing wait shows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.work: Callable[[], None] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Later:
+        return Later(self.device)
+
+    def run(self, work: Callable[[], None]) -> None:
+        self.work = work
+
+    def wait(self) -> None:
+        work, self.work = self.work, None
+        if work is not None:
+            work()
+
+
+@pytest.mark.parametrize(
+    "then", ["nothing", "crop", "crop-into-it", "reorder", "repeat", "copy", "prompt", "grow", "reset"]
+)
+def test_encoding_beside_generation_gives_the_same(
+    llama: PreTrainedModel, codebooks: Codebooks, then: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Batches are begun when the recent block is three quarters full, and are there when it is full."""
+    keys, values = states(90)
+    found = {}
+    for where in ("now", "later"):
+        if where == "later":
+            monkeypatch.setattr(layer_module, "aside", Later)
+        cache = PQCache(llama.config, codebooks, capacity=64 if then == "grow" else 600)
+        feed(cache, keys, values, (30, *[1] * 4))  # 28 are codes, and two more than half a block are not
+        layer = cache.compressed[0]
+        assert (layer.coded, layer._ahead) == (28, 0 if where == "now" else 4)
+        assert where == "now" or layer._aside.work is not None
+        if then.startswith("crop"):
+            cache.crop(-1 if then == "crop" else -3)
+        elif then == "reorder":
+            cache.reorder_cache(torch.tensor([1, 0]))
+        elif then == "repeat":
+            cache.batch_repeat_interleave(2)
+        elif then == "copy":
+            cache.save(tmp_path / where)
+            cache = copy.deepcopy(cache)
+        elif then == "prompt":
+            feed(cache, *states(19, seed=1), (19,))
+        elif then == "reset":
+            cache.reset()
+            feed(cache, *states(34, seed=1), (30, *[1] * 4))
+        layer = cache.compressed[0]
+        rows = layer.batch_size
+        feed(cache, *(item.repeat(rows // 2, 1, 1, 1) for item in states(45, seed=2)), (1,) * 45)
+        found[where] = dequantized(layer)
+        assert layer.length > 64
+    for now, later in zip(found["now"], found["later"], strict=True):
+        assert torch.equal(now, later)
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
