@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.benchmarks import bench_kv_decode, bench_kv_quality
 from tests.benchmarks.bench_kv_quality import Row
+from tests.benchmarks.kv_baselines.kv_pq import through_cache
 from tests.passes.kv_pq.small import random_codebooks
 
 
@@ -58,6 +59,40 @@ def test_the_quality_table_has_the_original_and_every_method_asked_for(
             assert math.isclose(row["perplexity"], row["ratio"] * original["perplexity"], rel_tol=1e-9)
         else:
             assert row["perplexity"] is None and row["reason"].startswith("not installed: ")
+
+
+def test_codebooks_are_measured_alike_with_and_without_the_real_cache(
+    tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    random_codebooks(model, parts=2, gains=True, rope=True, kept=4, recent=1, spread=0.2).save(tmp_path)
+    arguments = ["--model", tiny_folder, "--text", text, "--calibration", text, "--windows", 2, "--context", 64]
+    arguments += ["--samples", 4, "--length", 64, "--only", "kv-pq", "--bits", "--codebooks", tmp_path]
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, arguments)])
+    assert bench_kv_quality.main() > 0
+    found = printed(capsys.readouterr().out)
+    all_coded, real = (row for row in found if str(row.get("method", "")).startswith("kv-pq"))
+    assert all_coded["effective_bits"] == real["effective_bits"] == 8 * 3 / 8
+    assert 0 < real["kl"] < 1.5 * all_coded["kl"]
+    *_, rivals = found
+    assert rivals["rivals"] == 0 and not rivals["reached"]  # beating nobody is not a win
+
+
+def test_a_window_goes_through_a_real_cache_chunk_by_chunk(tiny_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(4))
+    codebooks = random_codebooks(model, parts=8, rope=True, kept=2, recent=4, spread=0.2)
+    lengths = []
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        with through_cache(model, codebooks):
+            found = model(ids, use_cache=False).logits
+        again = model(ids, use_cache=False).logits
+    assert lengths == [50, 16, 16, 16, 2, 50]
+    assert torch.equal(plain, again)
+    assert 0 < (found - plain).abs().max() < 0.05 * plain.abs().max()  # grids of 256 levels a channel
+    assert (found - plain)[:, :16].abs().max() < 1e-5  # the first chunk saw nothing but itself
 
 
 def test_the_table_is_drawn_with_rows_that_have_no_measurement() -> None:

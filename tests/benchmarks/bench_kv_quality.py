@@ -29,12 +29,13 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils.logging import disable_progress_bar
 
 from passes.calibration_text import BATCH_TOKENS
+from passes.kv_pq.codebooks import Codebooks
 from profilers.quality import QualityResult, Reference, measure_quality, record_reference
 from profilers.text import TextSplit, split_texts
 from tests.benchmarks.kv_baselines.base import Baseline, Samples, collect
 from tests.benchmarks.kv_baselines.fake import KEPT_TOKENS, fake_quantized
 from tests.benchmarks.kv_baselines.fp8 import FP8
-from tests.benchmarks.kv_baselines.kv_pq import KVPQ
+from tests.benchmarks.kv_baselines.kv_pq import KVPQ, through_cache
 from tests.benchmarks.kv_baselines.million import Million
 from tests.benchmarks.kv_baselines.rotated import Rotated
 from tests.benchmarks.kv_baselines.transformers_caches import BACKENDS, TransformersCache
@@ -158,18 +159,31 @@ class Harness:
             fit_seconds=fitted - started if method.needs_samples else None,
         )
 
-    def kv_pq(self, bits: float) -> Row:
-        """Train kv-pq for a budget of bits and measure it."""
+    def kv_pq(self, bits: float, codebooks: Codebooks, fit_seconds: float | None) -> Iterator[Row]:
+        """Measure codebooks as every other method, and through the real cache, recent block included."""
+        method = KVPQ(bits, codebooks.to(self.model.device))
+        yield replace(self.row(method), fit_seconds=fit_seconds)
+        started = time.perf_counter()
+        with through_cache(self.model, method.codebooks):
+            found = measure_quality(self.model, self.windows, self.reference, text_name=self.text)
+        yield _row(
+            f"{KVPQ.name}, through its cache, {codebooks.recent_tokens} recent tokens exact",
+            bits,
+            found,
+            time.perf_counter() - started,
+            effective_bits=codebooks.bits_per_value,
+            codebook_bytes=codebooks.bytes,
+        )
+
+    def train(self, bits: float) -> tuple[Codebooks, float]:
+        """Return codebooks for a budget of bits, and the seconds that training them took."""
         from passes.kv_pq.fit import train
         from passes.kv_pq.parameters import KVPQParameters
 
         started = time.perf_counter()
-        parameters = KVPQParameters(bits=bits, kept=self.kept)
-        batches = list(self.calibration.split(max(1, BATCH_TOKENS // self.calibration.shape[1])))
-        codebooks, _ = train(self.model, batches, parameters, seed=0)
-        fitted = time.perf_counter() - started
-        row = self.row(KVPQ(bits, codebooks.to(self.model.device)))
-        return replace(row, fit_seconds=fitted)
+        batches = list(torch.split(self.calibration, max(1, BATCH_TOKENS // self.calibration.shape[1])))
+        codebooks, _ = train(self.model, batches, KVPQParameters(bits=bits, kept=self.kept), seed=0)
+        return codebooks, time.perf_counter() - started
 
 
 def _row(method: str, bits: float | None, found: QualityResult, seconds: float, **more: Any) -> Row:
@@ -188,23 +202,28 @@ def _row(method: str, bits: float | None, found: QualityResult, seconds: float, 
     )
 
 
-def rows(harness: Harness, only: list[str]) -> Iterator[Row]:
-    """Yield the original's row and each method's; a backend that is not installed gives a row with the reason."""
+def rows(harness: Harness, only: list[str], bits: list[float], folders: list[Path]) -> Iterator[Row]:
+    """Yield the original's row and each method's; a backend that is not installed gives a row with the reason.
+
+    kv-pq is trained for each of ``bits``, and read from each of ``folders``.
+    """
     yield harness.original()
     for kind, settings in METHODS:
         try:
             method = kind(*settings)
         except ImportError as error:
-            backend, bits = settings
-            name = TransformersCache.title(backend)
+            name = TransformersCache.title(settings[0])
             if _wanted(name, only):
-                yield Row(name, bits, reason=f"not installed: {str(error).splitlines()[0].strip()}")
+                yield Row(name, settings[1], reason=f"not installed: {str(error).splitlines()[0].strip()}")
             continue
         if _wanted(method.name, only):
             yield harness.row(method)
     if _wanted(KVPQ.name, only):
-        for bits in KV_PQ_BITS:
-            yield harness.kv_pq(bits)
+        for folder in folders:
+            codebooks = Codebooks.load(folder)
+            yield from harness.kv_pq(codebooks.bits_per_value, codebooks, None)
+        for budget in bits:
+            yield from harness.kv_pq(budget, *harness.train(budget))
 
 
 def _wanted(name: str, only: list[str]) -> bool:
@@ -226,7 +245,7 @@ def verdicts(found: list[Row]) -> list[dict[str, object]]:
                 "reached": best is not None and _ratio(best) <= limit,
             }
         )
-    baselines = [row for row in found if row.effective_bits is not None and row.method != KVPQ.name]
+    baselines = [row for row in found if row.effective_bits is not None and not row.method.startswith(KVPQ.name)]
     for row in ours:
         rivals = [item for item in baselines if item.bits == int(row.bits or 0) and _bits(item) >= _bits(row)]
         above = [f"{item.method}, {item.effective_bits} bits" for item in rivals if _ratio(item) <= _ratio(row)]
@@ -321,6 +340,8 @@ def main() -> int:
     parser.add_argument("--kept", type=int, default=KEPT_TOKENS, help="first tokens kept in full precision")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a calibration window")
+    parser.add_argument("--bits", type=float, nargs="*", default=KV_PQ_BITS, help="to train kv-pq for")
+    parser.add_argument("--codebooks", type=Path, nargs="*", default=[], help="folders that kv-pq has written")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="methods whose name contains one of these"
@@ -340,7 +361,7 @@ def main() -> int:
     }
     console = Console()
     found = []
-    for row in rows(harness, options.only):
+    for row in rows(harness, options.only, options.bits, options.codebooks):
         found.append(row)
         if console.is_terminal:
             print(f"{row.method}, {row.bits} bits: {row.reason or row.perplexity}", file=sys.stderr)

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
-import torch
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from passes.kv_pq.cache import PQCache, attach, detach
 from passes.kv_pq.codebooks import Codebooks
 from tests.benchmarks.kv_baselines.base import Baseline
+
+CHUNK_TOKENS = 16
+"""As many queries as kernels are given at a time."""
+
+
+@contextlib.contextmanager
+def through_cache(model: PreTrainedModel, codebooks: Codebooks, chunk: int = CHUNK_TOKENS) -> Iterator[None]:
+    """Let forwards without a cache go chunk by chunk through a real ``PQCache`` that starts empty.
+
+    What generation sees: a chunk attends to itself and to the recent block exactly, and to all else from codes.
+    """
+    attach(model, codebooks)
+    base: Any = getattr(model, model.base_model_prefix)
+    inner = base.forward
+
+    def forward(input_ids: torch.Tensor, **_unused: Any) -> BaseModelOutputWithPast:
+        cache = PQCache(model.config, codebooks)
+        states = [
+            inner(input_ids=part, past_key_values=cache, use_cache=True, return_dict=True)[0]
+            for part in torch.split(input_ids, chunk, dim=1)
+        ]
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, 1))
+
+    try:
+        with mock.patch.object(base, "forward", forward):
+            yield
+    finally:
+        detach(model)
 
 
 class KVPQ(Baseline):

@@ -1,4 +1,4 @@
-"""MILLION's recipe (Wang et al., DAC 2025, section 3): product quantization with one codebook for the whole model.
+"""MILLION's recipe (DAC 2025): product quantization with one codebook for the whole model.
 
 One set of codebooks for all keys and one for all values, whatever the layer and head, of keys after rotary embedding;
 neighbouring channels form a subspace; plain k-means of 25 rounds. The published settings: 4 bits = subspaces of 2 with

@@ -1,6 +1,6 @@
 """A random rotation makes every vector look Gaussian, so that one codebook fits all, without calibration.
 
-TurboQuant (Zandieh et al. 2025, algorithm 1, "mse") and HIGGS (Malinovskii et al., NAACL 2025, algorithm 2)::
+TurboQuant (Zandieh et al. 2025, algorithm 1, "mse") and HIGGS (Malinovskii et al., NAACL 2025)::
 
     norm = |x| (16 bits)        u = sqrt(D) / norm · x · diag(random signs) · Hadamard / sqrt(D)
     every coordinate of u is nearly N(0, 1): nearest level of the Lloyd-Max codebook (TurboQuant),

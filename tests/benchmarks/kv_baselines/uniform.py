@@ -5,7 +5,7 @@ token, a group being successive channels of one token. ``scale = (max - min) / (
 no recent block in full precision, so the last, shorter group of tokens is quantized too; scales and zeros in float16.
 
 What transformers' quanto cache computes is grouped by token for keys and values both, in the same arithmetic. Its HQQ
-cache moves the zero of each group (Badri & Shaji 2023, "Half-quadratic quantization", equations 4 to 8): with the
+cache moves the zero of each group (Badri & Shaji 2023, "Half-quadratic quantization"): with the
 shrinkage ``shrink(e) = sign(e) · max(0, |e| - |e|^(p - 1) / beta)`` of the errors ``e = x - x̂``, the zero becomes the
 mean of ``codes - (x - shrink(e)) / scale``, round after round while the mean absolute error falls.
 """
