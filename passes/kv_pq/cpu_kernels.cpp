@@ -3,7 +3,7 @@
 // Attention, a block of 64 tokens of one KV head at a time, every vector register holding one channel of 16 tokens:
 //
 //   codes (64 x codes bytes) --transpose--> codes of each part, side by side
-//     --look up two channels at a time--> keys [channel][64 tokens], in L1 --turn by position in the block-->
+//     --look up--> keys [channel][64 tokens], in L1 --turn by position in the block-->
 //     --x queries of all heads that share them, turned back by the block's position--> scores --> weights, running max
 //   and the same look-up for values, summed by weight into [row][channel][16 lanes]; lanes are summed at the end.
 //
@@ -23,7 +23,8 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#define TABLES_IN_REGISTERS
 #include <immintrin.h>
 #endif
 
@@ -95,16 +96,76 @@ inline Float16 capped(Float16 x, float cap) {
   return cap * (1.0f - 2.0f / (exponential(twice) + 1.0f));
 }
 
+// ---------------------------------------------------------------------------------------------------- look-up
+
+#if defined(TABLES_IN_REGISTERS)
+
+// Centroids of one channel as three planes of 256 bytes, the upper three bytes of each float, rounded: a plane is four
+// registers, and a look-up in it two permutations, where a gather would load one value at a time.
+constexpr int64_t kPlanes = 3;
+constexpr int64_t kEntry = kPlanes * kCentroids;
+
+// Where bytes are put together again, tokens come out in another order; so codes are laid out in this one.
+constexpr int64_t token_at(int64_t position) {
+  return position / 4 % 4 * 16 + position / 16 * 4 + position % 4;
+}
+
+inline void look_up(const uint8_t* planes, const uint8_t* codes, Column& channel, Column&) {
+  const __m512i index = _mm512_loadu_si512(codes);
+  const __mmask64 upper = _mm512_movepi8_mask(index);
+  __m512i bytes[kPlanes];
+  for (int plane = 0; plane < kPlanes; plane++, planes += kCentroids) {
+    const __m512i low =
+        _mm512_permutex2var_epi8(_mm512_loadu_si512(planes), index, _mm512_loadu_si512(planes + 64));
+    const __m512i high =
+        _mm512_permutex2var_epi8(_mm512_loadu_si512(planes + 128), index, _mm512_loadu_si512(planes + 192));
+    bytes[plane] = _mm512_mask_blend_epi8(upper, low, high);
+  }
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i lower_low = _mm512_unpacklo_epi8(zero, bytes[0]), lower_high = _mm512_unpackhi_epi8(zero, bytes[0]);
+  const __m512i upper_low = _mm512_unpacklo_epi8(bytes[1], bytes[2]);
+  const __m512i upper_high = _mm512_unpackhi_epi8(bytes[1], bytes[2]);
+  _mm512_store_si512(&channel.v[0], _mm512_unpacklo_epi16(lower_low, upper_low));
+  _mm512_store_si512(&channel.v[1], _mm512_unpackhi_epi16(lower_low, upper_low));
+  _mm512_store_si512(&channel.v[2], _mm512_unpacklo_epi16(lower_high, upper_high));
+  _mm512_store_si512(&channel.v[3], _mm512_unpackhi_epi16(lower_high, upper_high));
+}
+
+#else
+
+constexpr int64_t kPlanes = 0;
+constexpr int64_t kEntry = kCentroids * 2 * sizeof(float);
+
+constexpr int64_t token_at(int64_t position) {
+  return position;
+}
+
+// Two channels of one part: table is [256][2] floats.
+inline void look_up(const uint8_t* table, const uint8_t* codes, Column& first, Column& second) {
+  float* a = reinterpret_cast<float*>(first.v);
+  float* b = reinterpret_cast<float*>(second.v);
+  for (int64_t token = 0; token < kBlock; token++) {
+    float both[2];
+    std::memcpy(both, table + codes[token] * sizeof(both), sizeof(both));
+    a[token] = both[0];
+    b[token] = both[1];
+  }
+}
+
+#endif
+
 // ---------------------------------------------------------------------------------------------------- tables
 
 struct Side {  // of keys or of values; see Tables in cpu_kernels.py
   explicit Side(const std::vector<Tensor>& given)
       : tables(given[0]), entries(given[1]), gain(given[2]), means(given[3]), inverses(given[4]) {
-    TORCH_CHECK(tables.is_contiguous() && tables.dim() == 4 && tables.scalar_type() == at::kFloat);
+    TORCH_CHECK(tables.is_contiguous() && tables.dim() == 4 && tables.nbytes() == tables.size(0) * count() * kEntry);
     TORCH_CHECK(entries.is_contiguous() && entries.dim() == 3 && entries.scalar_type() == at::kInt);
   }
   int64_t count() const { return tables.size(1); }
-  const float* table(int64_t head) const { return tables.const_data_ptr<float>() + head * count() * kCentroids * 2; }
+  const uint8_t* table(int64_t head) const {
+    return static_cast<const uint8_t*>(tables.const_data_ptr()) + head * count() * kEntry;
+  }
   const int32_t* entry(int64_t head) const { return entries.const_data_ptr<int32_t>() + head * count() * 3; }
   static const float* of(const Tensor& all, int64_t head) {
     return all.numel() == 0 ? nullptr : all.const_data_ptr<float>() + head * all.stride(0);
@@ -138,13 +199,13 @@ struct Workspace {
   std::vector<uint8_t> codes;  // [codes][kBlock]
 };
 
-// ---------------------------------------------------------------------------------------------------- look-up
+// ---------------------------------------------------------------------------------------------------- decoding
 
-// 16 tokens x 16 codes; `to` has rows of kBlock.
-inline void transpose16(const uint8_t* from, int64_t stride, uint8_t* to) {
+// 16 tokens x 16 codes, from `position` on; `to` has rows of kBlock.
+inline void transpose16(const uint8_t* from, int64_t stride, int64_t position, uint8_t* to) {
   Bytes16 rows[16], next[16];
   for (int i = 0; i < 16; i++) {
-    std::memcpy(&rows[i], from + i * stride, 16);
+    std::memcpy(&rows[i], from + token_at(position + i) * stride, 16);
   }
   for (int round = 0; round < 4; round++) {
     for (int i = 0; i < 8; i++) {
@@ -156,48 +217,25 @@ inline void transpose16(const uint8_t* from, int64_t stride, uint8_t* to) {
     }
   }
   for (int i = 0; i < 16; i++) {
-    std::memcpy(to + i * kBlock, &rows[i], 16);
+    std::memcpy(to + i * kBlock + position, &rows[i], 16);
   }
 }
 
 void transpose(const uint8_t* from, int64_t stride, int64_t width, uint8_t* to) {
   if (width < 16) {
-    for (int64_t token = 0; token < kBlock; token++) {
+    for (int64_t position = 0; position < kBlock; position++) {
       for (int64_t code = 0; code < width; code++) {
-        to[code * kBlock + token] = from[token * stride + code];
+        to[code * kBlock + position] = from[token_at(position) * stride + code];
       }
     }
     return;
   }
   for (int64_t code = 0; code < width; code += 16) {
     const int64_t first = std::min(code, width - 16);
-    for (int64_t token = 0; token < kBlock; token += 16) {
-      transpose16(from + token * stride + first, stride, to + first * kBlock + token);
+    for (int64_t position = 0; position < kBlock; position += 16) {
+      transpose16(from + first, stride, position, to + first * kBlock);
     }
   }
-}
-
-// Two channels of 64 tokens: table is [256][2].
-inline void look_up(const float* table, const uint8_t* codes, Column& first, Column& second) {
-#if defined(__AVX512F__)
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  for (int i = 0; i < kVectors; i++) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i * kLanes));
-    const __m512i index = _mm512_cvtepu8_epi32(bytes);
-    const __m512 low = _mm512_castpd_ps(_mm512_i32gather_pd(_mm512_castsi512_si256(index), table, 8));
-    const __m512 high = _mm512_castpd_ps(_mm512_i32gather_pd(_mm512_extracti64x4_epi64(index, 1), table, 8));
-    first.v[i] = _mm512_permutex2var_ps(low, even, high);
-    second.v[i] = _mm512_permutex2var_ps(low, odd, high);
-  }
-#else
-  float* a = reinterpret_cast<float*>(first.v);
-  float* b = reinterpret_cast<float*>(second.v);
-  for (int64_t token = 0; token < kBlock; token++) {
-    a[token] = table[2 * codes[token]];
-    b[token] = table[2 * codes[token] + 1];
-  }
-#endif
 }
 
 // Centroids of tokens [first, last) of a block into work.vectors, and their gains; the other tokens' are unspecified.
@@ -212,15 +250,16 @@ void decode(const Side& side, int64_t head, const uint8_t* codes, int64_t stride
     stride = width;
   }
   transpose(codes, stride, width, work.codes.data());
-  const float* table = side.table(head);
+  const uint8_t* table = side.table(head);
   const int32_t* entry = side.entry(head);
-  for (int64_t i = 0; i < side.count(); i++, entry += 3, table += 2 * kCentroids) {
+  for (int64_t i = 0; i < side.count(); i++, entry += 3, table += kEntry) {
     look_up(table, work.codes.data() + entry[0] * kBlock, work.vectors[entry[1]], work.vectors[entry[2]]);
   }
   if (const float* gains = side.gains(head)) {
     const uint8_t* chosen = work.codes.data() + (width - 1) * kBlock;
-    for (int64_t token = 0; token < kBlock; token++) {
-      gain.v[token / kLanes][token % kLanes] = gains[chosen[token]];
+    for (int64_t position = 0; position < kBlock; position++) {
+      const int64_t token = token_at(position);
+      gain.v[token / kLanes][token % kLanes] = gains[chosen[position]];
     }
   }
 }
@@ -562,6 +601,21 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key_codes, 
 
 // ---------------------------------------------------------------------------------------------------- encoding
 
+// The nearest centroid of a part of one channel: table is 255 ascending middles, infinity, 256 numbers of centroids.
+void nearest_of_one(const float* x, const float* table, int32_t* chosen) {
+  int32_t place[kBlock] = {};
+  for (int32_t step = kCentroids / 2; step > 0; step /= 2) {
+#pragma omp simd
+    for (int64_t token = 0; token < kBlock; token++) {
+      place[token] += x[token] > table[place[token] + step - 1] ? step : 0;
+    }
+  }
+#pragma omp simd
+  for (int64_t token = 0; token < kBlock; token++) {
+    chosen[token] = static_cast<int32_t>(table[kCentroids + place[token]]);
+  }
+}
+
 // The nearest centroid of one part, S channels, for 64 tokens: table is [256][S + 1], -2 weight centroid and length.
 template <int S>
 void nearest(const Column* const* channels, const float* table, int32_t* chosen) {
@@ -683,7 +737,7 @@ Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const 
         const Column* const* of = members.data() + begin;
         const float* table = tables.const_data_ptr<float>() + head * tables.stride(0) + (begin + part) * kCentroids;
         switch (count) {
-          case 1: nearest<1>(of, table, chosen); break;
+          case 1: nearest_of_one(reinterpret_cast<const float*>(of[0]->v), table, chosen); break;
           case 2: nearest<2>(of, table, chosen); break;
           case 3: nearest<3>(of, table, chosen); break;
           case 4: nearest<4>(of, table, chosen); break;
@@ -705,6 +759,7 @@ Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const 
 }  // namespace
 
 TORCH_LIBRARY(effcli_kv_pq, library) {
+  library.def("planes() -> int", [] { return kPlanes; });
   library.def(
       "attend(Tensor query, Tensor key_codes, Tensor value_codes, Tensor[] keys, Tensor[] values, Tensor[] rope, "
       "Tensor start, int stop, Tensor offset, float scale, float softcap) -> (Tensor, Tensor)");

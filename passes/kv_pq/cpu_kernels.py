@@ -36,9 +36,10 @@ class Tables(NamedTuple):
     Attributes
     ----------
     centroids : torch.Tensor
-        Shape (H, E, 256, 2), float32: two channels of one part are looked up together.
+        Where look-up tables fit registers (AVX-512 VBMI): shape (H, D, 3, 256), uint8, the upper three bytes of each
+        float32, lowest first. Elsewhere: shape (H, E, 256, 2), float32, two channels of one part together.
     entries : torch.Tensor
-        Shape (H, E, 3), int32: the part's code, its first channel's place, its second's (D if there is none).
+        Shape (H, E or D, 3), int32: the part's code, its first channel's place, its second's (D if there is none).
     gains : torch.Tensor
         Shape (H, 256), or empty.
     mean : torch.Tensor
@@ -60,7 +61,8 @@ class EncoderTables(NamedTuple):
     Attributes
     ----------
     tables : torch.Tensor
-        Shape (H, 256 (D + M)), float32: part after part (256, S + 1), -2 · weight · centroid and its weighted length.
+        Shape (H, 256 (D + M)), float32: part after part (256, S + 1), -2 · weight · centroid and its weighted length;
+        for a part of one channel 255 middles of sorted centroids, infinity, and the sorted centroids' numbers.
     order : torch.Tensor
         Shape (H, D), int32: channels sorted by part.
     first : torch.Tensor
@@ -112,7 +114,8 @@ def attend(
     """Attend over the coded history of one layer.
 
     Every query sees the slots from ``start`` of its row up to ``stop``. Codes are read once for a KV head, however
-    many query heads share it; dequantized vectors exist 64 tokens at a time.
+    many query heads share it; dequantized vectors exist 64 tokens at a time. Sums are float32; where look-up tables fit
+    registers, centroids have 16 significant bits (bfloat16 has 8).
 
     Parameters
     ----------
@@ -246,14 +249,17 @@ def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
     order = torch.arange(dim) if rope is None else _pair_order(rope, dim)
     # Channels of y; those of x are in the order of rotated pairs, and without a basis y's are x's.
     place = order.argsort() if side.inverse is None else torch.arange(dim)
+    planes = torch.ops.effcli_kv_pq.planes()
+    width = 1 if planes else 2
     per_head = []
     for head in range(heads):
         channels = [(side.part[head] == part).nonzero().flatten().tolist() for part in range(side.parts)]
-        per_head.append([(part, of[i : i + 2]) for part, of in enumerate(channels) for i in range(0, len(of), 2)])
+        found = [(part, of[i : i + width]) for part, of in enumerate(channels) for i in range(0, len(of), width)]
+        per_head.append(found)
     count = max(map(len, per_head))
     entries = torch.zeros(heads, count, 3, dtype=torch.int32)
     entries[..., 1:] = dim
-    centroids = torch.zeros(heads, count, CENTROIDS, 2)
+    centroids = torch.zeros(heads, count, CENTROIDS, width)
     for head, found in enumerate(per_head):
         for index, (part, of) in enumerate(found):
             entries[head, index, 0] = part
@@ -263,16 +269,23 @@ def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
     mean = side.mean.float()[:, order]
     if rope is not None and side.gains is None and side.inverse is None:  # part of every centroid
         padded = torch.cat([mean, mean.new_zeros(heads, 1)], -1)
-        at = entries[..., 1:].long()
+        at = entries[..., 1 : 1 + width].long()
         centroids += padded[torch.arange(heads)[:, None, None], at][:, :, None]
         mean = none
     return Tables(
-        centroids,
+        _planes(centroids[..., 0], planes) if planes else centroids,
         entries,
         none if side.gains is None else side.gains.float().contiguous(),
         mean.contiguous(),
         none if side.inverse is None else side.inverse.float()[:, :, order].contiguous(),
     )
+
+
+def _planes(values: torch.Tensor, planes: int) -> torch.Tensor:
+    """Return the upper bytes of float32 values (..., 256), rounded, as (..., planes, 256)."""
+    dropped = 8 * (4 - planes)
+    bits = values.contiguous().view(torch.int32) + (1 << dropped >> 1)
+    return torch.stack([bits >> (dropped + 8 * plane) & 0xFF for plane in range(planes)], -2).to(torch.uint8)
 
 
 def _pair_order(rope: Rope, dim: int) -> torch.Tensor:
@@ -315,6 +328,10 @@ def _encoder_tables(side: VectorQuantizer) -> EncoderTables:
             centroids = side.centroids[head][:, of].float()
             weighted = centroids * side.weight[head, of]
             table = torch.cat([-2 * weighted, (weighted * centroids).sum(-1, keepdim=True)], -1)
+            if of.numel() == 1:
+                levels, number = centroids[:, 0].sort(stable=True)
+                middles = (levels[1:] + levels[:-1]) / 2
+                table = torch.cat([middles, middles.new_tensor([torch.inf]), number.float()])
             tables[head, at : at + table.numel()] = table.flatten()
             at += table.numel()
     none = torch.empty(0)

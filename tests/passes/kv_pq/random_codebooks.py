@@ -17,12 +17,20 @@ def quantizer(
     gains: bool = False,
     basis: bool = False,
     seed: int = 0,
+    steps: int | None = 64,
 ) -> VectorQuantizer:
-    """Return codebooks whose parts are random sets of channels, as uneven as one of each head comes out."""
+    """Return codebooks whose parts are random sets of channels, as uneven as chance makes them.
+
+    Centroids and means are multiples of ``1 / steps``, so that tables of 16 significant bits hold them and their sums;
+    None: any float32.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
+
+    def stepped(values: torch.Tensor) -> torch.Tensor:
+        return values if steps is None else (values * steps).round() / steps
 
     part = torch.stack(
         [
@@ -39,10 +47,10 @@ def quantizer(
         given["basis"] = normal(heads, dim, dim) / dim**0.5 + torch.eye(dim)
         given["inverse"] = torch.linalg.inv(given["basis"].double()).float()
     return VectorQuantizer(
-        centroids=normal(heads, CENTROIDS, dim),
+        centroids=stepped(normal(heads, CENTROIDS, dim)),
         part=part,
         weight=normal(heads, dim).abs() + 0.1,
-        mean=normal(heads, dim),
+        mean=stepped(normal(heads, dim)),
         **given,
     )
 

@@ -105,6 +105,18 @@ def test_a_long_history_keeps_positions() -> None:
     compare(layer, query_heads=1, slots=20_100, start=[20_000])
 
 
+def test_centroids_of_any_float32_keep_16_significant_bits() -> None:
+    side = made.quantizer(1, 32, 16, steps=None)
+    codes = made.random_codes(side, 1, 64)
+    layer = LayerCodebooks(made.quantizer(1, 32, 16), side)
+    for slot in range(0, 64, 7):  # attention over one slot is its value
+        where = {"start": torch.tensor([slot]), "stop": slot + 1, "offset": torch.zeros(1).long()}
+        out, _ = cpu_kernels.attend(torch.ones(1, 1, 1, 32), codes, codes, layer, scale=1.0, **where)
+        expected = side.decode(codes[:, :, slot : slot + 1], torch.float32)
+        largest = side.centroids.abs().max()
+        torch.testing.assert_close(out, expected, rtol=0, atol=2**-16 * largest.item())
+
+
 def test_fewer_than_16_codes() -> None:
     layer = LayerCodebooks(made.quantizer(1, 8, 3), made.quantizer(1, 8, 5, gains=True), made.rope(8))
     compare(layer, query_heads=3, start=[1])
@@ -147,7 +159,7 @@ def excess(x: torch.Tensor, side: VectorQuantizer, codes: torch.Tensor) -> float
 @pytest.mark.parametrize("gains", [False, True])
 @pytest.mark.parametrize("parts", [64, 33, 20, 5])
 def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
-    side = made.quantizer(2, 64, parts, gains=gains, basis=True)
+    side = made.quantizer(2, 64, parts, gains=gains, basis=True, steps=None)
     x = 2 * torch.randn(2, 2, 75, 64, generator=torch.Generator().manual_seed(3))
     codes = cpu_kernels.encode(x, side)
     assert codes.shape == (2, 2, 75, side.codes) and codes.dtype == torch.uint8
@@ -156,7 +168,7 @@ def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
 
 
 def test_encoding_takes_any_strides_and_types() -> None:
-    side = made.quantizer(3, 32, 16)
+    side = made.quantizer(3, 32, 16, steps=None)
     x = torch.randn(2, 10, 3, 32, dtype=torch.bfloat16).transpose(1, 2)
     torch.testing.assert_close(cpu_kernels.encode(x, side), side.encode(x), rtol=0, atol=0)
     assert cpu_kernels.encode(x[:, :, :0], side).shape == (2, 3, 0, 16)
@@ -201,6 +213,19 @@ def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
         assert error.startswith(f"{PassError.__name__} kv-pq's CPU operator cannot be used ({reason})")
         (tmp_path / "ninja").unlink(missing_ok=True)
         (tmp_path / "ninja").symlink_to(ninja)
+
+
+@pytest.mark.slow
+def test_a_build_for_any_processor_of_the_family() -> None:
+    """The code for processors without the instructions that this one may have."""
+    code = (
+        "import sys, pytest\n"
+        "from passes.kv_pq import cpu_kernels\n"
+        "cpu_kernels.FLAGS = tuple(flag for flag in cpu_kernels.FLAGS if flag != '-march=native')\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not build and not compiler', {__file__!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_build_is_used_again(tmp_path: Path) -> None:

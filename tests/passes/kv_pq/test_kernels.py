@@ -170,7 +170,7 @@ def test_neither_history_nor_exact_tokens() -> None:
 @pytest.mark.parametrize("gains", [False, True])
 @pytest.mark.parametrize("parts", [16, 5])
 def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
-    side = made.quantizer(2, 16, parts, gains=gains, basis=True)
+    side = made.quantizer(2, 16, parts, gains=gains, basis=True, steps=None)
     x = 2 * torch.randn(2, 2, 35, 16, generator=torch.Generator().manual_seed(3))
     codes = kernels.encode(x.to(DEVICE), side.to(DEVICE))
     assert codes.dtype == torch.uint8
