@@ -194,7 +194,12 @@ def _size(report: Report, choice: Choice) -> str:
         return "size not predicted"
     bits = number(choice.prediction.get("bits_per_parameter"))
     at = f" at {fmt.significant(bits)} bits a parameter" if bits is not None else ""
-    return f"weights {fmt.data_size(before)} → {fmt.data_size(after)}{at}"
+    weights = f"weights {fmt.data_size(before)} → {fmt.data_size(after)}{at}"
+    cached, cached_after = _measured(report, "kv_bytes_per_token"), number(choice.figures.get("kv_bytes_per_token"))
+    if cached is None or cached_after is None or cached_after >= cached:
+        return weights
+    cache = f"KV cache {fmt.data_size(cached)} → {fmt.data_size(cached_after)} a token"
+    return cache if after == before else f"{weights}, {cache}"
 
 
 def _table_section(report: Report, found: list[Choice]) -> Section:

@@ -211,3 +211,15 @@ def test_more_bits_are_advised_of_the_pass_that_ran() -> None:
     following = lines(report)[2]
     assert "try more bits (kv-pq:bits=8)" in following
     assert "scheme" not in following
+
+
+def test_a_plan_says_what_becomes_of_the_cache_and_not_of_weights_that_stay() -> None:
+    planned = optimize_samples.planned
+    figures = replace(BEFORE, kv_bytes_per_token=6120.0, tpot_seconds=BEFORE.tpot_seconds / 2)  # type: ignore[operator]
+    alone = replace(optimize_samples.plan(), alternatives=False, passes=(planned("kv-pq", figures, 16.0),))
+    (first, *_) = verdict(alone.to_dict())
+    assert "decode 2× as fast" in first
+    assert first.endswith("KV cache 23.0 kB → 6.12 kB a token.")
+    assert "weights" not in first
+    both = replace(alone, passes=(planned("kv-pq", replace(figures, weight_bytes=98_400_000), 5.85),))
+    assert "weights 269 MB → 98.4 MB at 5.85 bits a parameter, KV cache 23.0 kB" in verdict(both.to_dict())[0]
