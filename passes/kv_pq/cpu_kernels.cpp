@@ -602,17 +602,17 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key_codes, 
 // ---------------------------------------------------------------------------------------------------- encoding
 
 // The nearest centroid of a part of one channel: table is 255 ascending middles, infinity, 256 numbers of centroids.
-void nearest_of_one(const float* x, const float* table, int32_t* chosen) {
-  int32_t place[kBlock] = {};
-  for (int32_t step = kCentroids / 2; step > 0; step /= 2) {
-#pragma omp simd
-    for (int64_t token = 0; token < kBlock; token++) {
-      place[token] += x[token] > table[place[token] + step - 1] ? step : 0;
+// Counting the middles below a value takes two operations a centroid, and needs neither gathers nor branches.
+void nearest_of_one(const Column& x, const float* table, int32_t* chosen) {
+  Int16 below[kVectors] = {};
+  for (int64_t centroid = 0; centroid < kCentroids; centroid++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
+      below[i] -= x.v[i] > broadcast(table[centroid]);  // a true comparison is -1
     }
   }
-#pragma omp simd
   for (int64_t token = 0; token < kBlock; token++) {
-    chosen[token] = static_cast<int32_t>(table[kCentroids + place[token]]);
+    chosen[token] = static_cast<int32_t>(table[kCentroids + below[token / kLanes][token % kLanes]]);
   }
 }
 
@@ -737,7 +737,7 @@ Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const 
         const Column* const* of = members.data() + begin;
         const float* table = tables.const_data_ptr<float>() + head * tables.stride(0) + (begin + part) * kCentroids;
         switch (count) {
-          case 1: nearest_of_one(reinterpret_cast<const float*>(of[0]->v), table, chosen); break;
+          case 1: nearest_of_one(*of[0], table, chosen); break;
           case 2: nearest<2>(of, table, chosen); break;
           case 3: nearest<3>(of, table, chosen); break;
           case 4: nearest<4>(of, table, chosen); break;
