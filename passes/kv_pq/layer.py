@@ -287,7 +287,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         """Start encoding the oldest recent tokens beside what follows; they are needed when the block is full."""
         self._reserve(self.coded + batch)
         old = slice(self.kept_tokens, self.kept_tokens + batch)
-        aside.run(lambda: self._write_codes(self.exact_keys[:, :, old], self.exact_values[:, :, old]))
+        aside.run(self._encoding(self.exact_keys[:, :, old], self.exact_values[:, :, old]))
         self._ahead = batch
 
     def _wait(self) -> None:
@@ -299,27 +299,35 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         held = self.key_codes.shape[2]
         if slots <= held:
             return
-        self._wait()
         wanted = grown_capacity(held, max(slots, self.capacity))
         for name in ("key_codes", "value_codes"):
             before = getattr(self, name)
             grown = before.new_empty(*before.shape[:2], wanted, before.shape[3])
-            grown[:, :, : self.coded + self._ahead] = before[:, :, : self.coded + self._ahead]
+            grown[:, :, : self.coded] = before[:, :, : self.coded]
             setattr(self, name, grown)
 
     def _write_codes(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Encode tokens that begin at slot ``coded``."""
-        rope = self.codebooks.rope
-        for at in range(0, keys.shape[2], ENCODED_TOKENS):
-            k, v = keys[:, :, at : at + ENCODED_TOKENS], values[:, :, at : at + ENCODED_TOKENS]
-            first, count = self.coded + at, k.shape[2]
-            if rope is not None:
-                positions = torch.arange(first, first + count, device=self.device)
-                if self.rows.most:
-                    positions = positions - self.rows.padding[:, None]
-                k = rope.rotate(k.float(), positions, back=True)
-            self.key_codes[:, :, first : first + count] = attention.encode(k, self.codebooks.keys)
-            self.value_codes[:, :, first : first + count] = attention.encode(v, self.codebooks.values)
+        self._encoding(keys, values)()
+
+    def _encoding(self, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
+        """Return what encodes tokens that begin at slot ``coded``, into the storage that there is now."""
+        begin, rows, books = self.coded, self.rows, self.codebooks
+        key_codes, value_codes = self.key_codes, self.value_codes
+
+        def work() -> None:
+            for at in range(0, keys.shape[2], ENCODED_TOKENS):
+                k, v = keys[:, :, at : at + ENCODED_TOKENS], values[:, :, at : at + ENCODED_TOKENS]
+                slots = slice(begin + at, begin + at + k.shape[2])
+                if books.rope is not None:
+                    positions = torch.arange(slots.start, slots.stop, device=k.device)
+                    if rows.most:
+                        positions = positions - rows.padding[:, None]
+                    k = books.rope.rotate(k.float(), positions, back=True)
+                key_codes[:, :, slots] = attention.encode(k, books.keys)
+                value_codes[:, :, slots] = attention.encode(v, books.values)
+
+        return work
 
     def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copy those of the tokens, which begin at slot ``coded``, that are among the first of their row."""
@@ -344,7 +352,6 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         """Return the tensors, cut to the tokens there are, and the numbers that :meth:`restore` takes."""
         if not self.is_initialized:
             return {}, {}
-        self._wait()
         exact = slice(0, self.kept_tokens + self.length - self.coded)
         held = {
             name: tensor[:, :, exact if name.startswith("exact") else slice(0, self.coded)]
