@@ -11,274 +11,20 @@
 // table of 64 positions never leaves the cache. Vectors are the compiler's own (GCC and Clang), for any target.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <tuple>
-#include <vector>
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
-#define TABLES_IN_REGISTERS
-#include <immintrin.h>
-#endif
+#include "cpu_decoding.h"
+
+namespace effcli {
+
+Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const Tensor& first, const Tensor& weight,
+              const Tensor& mean, const Tensor& basis, const Tensor& gains);  // cpu_encoding.cpp
 
 namespace {
-
-using at::Tensor;
-
-constexpr int64_t kCentroids = 256;
-constexpr int64_t kBlock = 64;  // tokens; ROPE_BLOCK in cpu_kernels.py
-constexpr int64_t kLanes = 16;
-constexpr int64_t kVectors = kBlock / kLanes;
-constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-typedef float Float16 __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Int16 __attribute__((vector_size(kLanes * 4)));
-typedef uint8_t Bytes16 __attribute__((vector_size(16)));
-
-struct Column {  // one channel, or one row of scores, of a block of tokens
-  Float16 v[kVectors];
-};
-
-#if defined(__clang__)
-#define INTERLEAVE_LOW(a, b) \
-  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define INTERLEAVE_HIGH(a, b) \
-  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#else
-#define INTERLEAVE_LOW(a, b) \
-  __builtin_shuffle(a, b, Bytes16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
-#define INTERLEAVE_HIGH(a, b) \
-  __builtin_shuffle(a, b, Bytes16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
-#endif
-
-inline Float16 broadcast(float x) {
-  return Float16{} + x;
-}
-
-inline float sum(Float16 x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) {
-    total += x[i];
-  }
-  return total;
-}
-
-// e^x to 2 ulp for x at most 88; 0 below -87.
-inline Float16 exponential(Float16 x) {
-  const Float16 floor = broadcast(-87.0f), bounded = x > floor ? x : floor;
-  const Float16 shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Float16 n = (bounded * 1.44269504f + shifter) - shifter;
-  const Float16 r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  Float16 p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Int16 exponent = (__builtin_convertvector(n, Int16) + 127) << 23;
-  Float16 power;
-  std::memcpy(&power, &exponent, sizeof(power));
-  return x > floor ? p * power : Float16{};
-}
-
-// cap * tanh(x / cap)
-inline Float16 capped(Float16 x, float cap) {
-  Float16 twice = x * (2 / cap);
-  twice = twice > broadcast(40.0f) ? broadcast(40.0f) : twice;
-  return cap * (1.0f - 2.0f / (exponential(twice) + 1.0f));
-}
-
-// ---------------------------------------------------------------------------------------------------- look-up
-
-#if defined(TABLES_IN_REGISTERS)
-
-// Centroids of one channel as three planes of 256 bytes, the upper three bytes of each float, rounded: a plane is four
-// registers, and a look-up in it two permutations, where a gather would load one value at a time.
-constexpr int64_t kPlanes = 3;
-constexpr int64_t kEntry = kPlanes * kCentroids;
-
-// Where bytes are put together again, tokens come out in another order; so codes are laid out in this one.
-constexpr int64_t token_at(int64_t position) {
-  return position / 4 % 4 * 16 + position / 16 * 4 + position % 4;
-}
-
-inline void look_up(const uint8_t* planes, const uint8_t* codes, Column& channel, Column&) {
-  const __m512i index = _mm512_loadu_si512(codes);
-  const __mmask64 upper = _mm512_movepi8_mask(index);
-  __m512i bytes[kPlanes];
-  for (int plane = 0; plane < kPlanes; plane++, planes += kCentroids) {
-    const __m512i low =
-        _mm512_permutex2var_epi8(_mm512_loadu_si512(planes), index, _mm512_loadu_si512(planes + 64));
-    const __m512i high =
-        _mm512_permutex2var_epi8(_mm512_loadu_si512(planes + 128), index, _mm512_loadu_si512(planes + 192));
-    bytes[plane] = _mm512_mask_blend_epi8(upper, low, high);
-  }
-  const __m512i zero = _mm512_setzero_si512();
-  const __m512i lower_low = _mm512_unpacklo_epi8(zero, bytes[0]), lower_high = _mm512_unpackhi_epi8(zero, bytes[0]);
-  const __m512i upper_low = _mm512_unpacklo_epi8(bytes[1], bytes[2]);
-  const __m512i upper_high = _mm512_unpackhi_epi8(bytes[1], bytes[2]);
-  _mm512_store_si512(&channel.v[0], _mm512_unpacklo_epi16(lower_low, upper_low));
-  _mm512_store_si512(&channel.v[1], _mm512_unpackhi_epi16(lower_low, upper_low));
-  _mm512_store_si512(&channel.v[2], _mm512_unpacklo_epi16(lower_high, upper_high));
-  _mm512_store_si512(&channel.v[3], _mm512_unpackhi_epi16(lower_high, upper_high));
-}
-
-#else
-
-constexpr int64_t kPlanes = 0;
-constexpr int64_t kEntry = kCentroids * 2 * sizeof(float);
-
-constexpr int64_t token_at(int64_t position) {
-  return position;
-}
-
-// Two channels of one part: table is [256][2] floats.
-inline void look_up(const uint8_t* table, const uint8_t* codes, Column& first, Column& second) {
-  float* a = reinterpret_cast<float*>(first.v);
-  float* b = reinterpret_cast<float*>(second.v);
-  for (int64_t token = 0; token < kBlock; token++) {
-    float both[2];
-    std::memcpy(both, table + codes[token] * sizeof(both), sizeof(both));
-    a[token] = both[0];
-    b[token] = both[1];
-  }
-}
-
-#endif
-
-// ---------------------------------------------------------------------------------------------------- tables
-
-struct Side {  // of keys or of values; see Tables in cpu_kernels.py
-  explicit Side(const std::vector<Tensor>& given)
-      : tables(given[0]), entries(given[1]), gain(given[2]), means(given[3]), inverses(given[4]) {
-    TORCH_CHECK(tables.is_contiguous() && tables.dim() == 4 && tables.nbytes() == tables.size(0) * count() * kEntry);
-    TORCH_CHECK(entries.is_contiguous() && entries.dim() == 3 && entries.scalar_type() == at::kInt);
-  }
-  int64_t count() const { return tables.size(1); }
-  const uint8_t* table(int64_t head) const {
-    return static_cast<const uint8_t*>(tables.const_data_ptr()) + head * count() * kEntry;
-  }
-  const int32_t* entry(int64_t head) const { return entries.const_data_ptr<int32_t>() + head * count() * 3; }
-  static const float* of(const Tensor& all, int64_t head) {
-    return all.numel() == 0 ? nullptr : all.const_data_ptr<float>() + head * all.stride(0);
-  }
-  const float* gains(int64_t head) const { return of(gain, head); }
-  const float* mean(int64_t head) const { return of(means, head); }
-  const float* inverse(int64_t head) const { return of(inverses, head); }
-
-  const Tensor tables, entries, gain, means, inverses;
-};
-
-struct Codes {
-  explicit Codes(const Tensor& codes) : data(codes.const_data_ptr<uint8_t>()), tensor(codes) {
-    TORCH_CHECK(codes.dim() == 4 && codes.stride(3) == 1, "codes have shape (B, H, T, codes), bytes side by side");
-  }
-  const uint8_t* at(int64_t row, int64_t head, int64_t slot) const {
-    return data + row * tensor.stride(0) + head * tensor.stride(1) + slot * tensor.stride(2);
-  }
-  int64_t width() const { return tensor.size(3); }
-  const uint8_t* data;
-  const Tensor tensor;
-};
-
-// What one thread works in: a block of decoded vectors and its codes.
-struct Workspace {
-  Workspace(int64_t channels, int64_t widest)
-      : vectors(channels + 1), turned(channels), copy(kBlock * widest), codes(widest * kBlock) {}
-  std::vector<Column> vectors;  // [channels + 1]: the last is where missing second channels go
-  std::vector<Column> turned;
-  std::vector<uint8_t> copy;
-  std::vector<uint8_t> codes;  // [codes][kBlock]
-};
-
-// ---------------------------------------------------------------------------------------------------- decoding
-
-// 16 tokens x 16 codes, from `position` on; `to` has rows of kBlock.
-inline void transpose16(const uint8_t* from, int64_t stride, int64_t position, uint8_t* to) {
-  Bytes16 rows[16], next[16];
-  for (int i = 0; i < 16; i++) {
-    std::memcpy(&rows[i], from + token_at(position + i) * stride, 16);
-  }
-  for (int round = 0; round < 4; round++) {
-    for (int i = 0; i < 8; i++) {
-      next[2 * i] = INTERLEAVE_LOW(rows[i], rows[i + 8]);
-      next[2 * i + 1] = INTERLEAVE_HIGH(rows[i], rows[i + 8]);
-    }
-    for (int i = 0; i < 16; i++) {
-      rows[i] = next[i];
-    }
-  }
-  for (int i = 0; i < 16; i++) {
-    std::memcpy(to + i * kBlock + position, &rows[i], 16);
-  }
-}
-
-void transpose(const uint8_t* from, int64_t stride, int64_t width, uint8_t* to) {
-  if (width < 16) {
-    for (int64_t position = 0; position < kBlock; position++) {
-      for (int64_t code = 0; code < width; code++) {
-        to[code * kBlock + position] = from[token_at(position) * stride + code];
-      }
-    }
-    return;
-  }
-  for (int64_t code = 0; code < width; code += 16) {
-    const int64_t first = std::min(code, width - 16);
-    for (int64_t position = 0; position < kBlock; position += 16) {
-      transpose16(from + first, stride, position, to + first * kBlock);
-    }
-  }
-}
-
-// Centroids of tokens [first, last) of a block into work.vectors, and their gains; the other tokens' are unspecified.
-void decode(const Side& side, int64_t head, const uint8_t* codes, int64_t stride, int64_t width, int64_t first,
-            int64_t last, Workspace& work, Column& gain) {
-  if (first > 0 || last < kBlock) {
-    std::fill(work.copy.begin(), work.copy.end(), 0);
-    for (int64_t token = first; token < last; token++) {
-      std::memcpy(work.copy.data() + token * width, codes + token * stride, width);
-    }
-    codes = work.copy.data();
-    stride = width;
-  }
-  transpose(codes, stride, width, work.codes.data());
-  const uint8_t* table = side.table(head);
-  const int32_t* entry = side.entry(head);
-  for (int64_t i = 0; i < side.count(); i++, entry += 3, table += kEntry) {
-    look_up(table, work.codes.data() + entry[0] * kBlock, work.vectors[entry[1]], work.vectors[entry[2]]);
-  }
-  if (const float* gains = side.gains(head)) {
-    const uint8_t* chosen = work.codes.data() + (width - 1) * kBlock;
-    for (int64_t position = 0; position < kBlock; position++) {
-      const int64_t token = token_at(position);
-      gain.v[token / kLanes][token % kLanes] = gains[chosen[position]];
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------- products
-
-// out[d] = sum over c of matrix[c][d] in[c]
-void multiply(const Column* in, const float* matrix, int64_t channels, Column* out) {
-  for (int64_t d = 0; d < channels; d++) {
-    Column total{};
-    for (int64_t c = 0; c < channels; c++) {
-      const float factor = matrix[c * channels + d];
-      for (int i = 0; i < kVectors; i++) {
-        total.v[i] += factor * in[c].v[i];
-      }
-    }
-    out[d] = total;
-  }
-}
 
 template <int N>
 void score_rows(const Column* keys, int64_t channels, const float* queries, Column* scores) {
@@ -369,8 +115,6 @@ struct Rope {  // [pairs][kBlock] for positions in a block, [blocks][pairs] for 
   const int64_t blocks;
   const int32_t* order;
 };
-
-// ---------------------------------------------------------------------------------------------------- attention
 
 struct Softmax {  // of one row, so far: lanes of the sum are kept apart
   float maximum = kNone;
@@ -599,167 +343,11 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key_codes, 
   return {out, lse};
 }
 
-// ---------------------------------------------------------------------------------------------------- encoding
-
-// The nearest centroid of a part of one channel: table is 255 ascending middles, infinity, 256 numbers of centroids.
-// Counting the middles below a value takes two operations a centroid, and needs neither gathers nor branches.
-void nearest_of_one(const Column& x, const float* table, int32_t* chosen) {
-  Int16 below[kVectors] = {};
-  for (int64_t centroid = 0; centroid < kCentroids; centroid++) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; i++) {
-      below[i] -= x.v[i] > broadcast(table[centroid]);  // a true comparison is -1
-    }
-  }
-  for (int64_t token = 0; token < kBlock; token++) {
-    chosen[token] = static_cast<int32_t>(table[kCentroids + below[token / kLanes][token % kLanes]]);
-  }
-}
-
-// The nearest centroid of one part, S channels, for 64 tokens: table is [256][S + 1], -2 weight centroid and length.
-template <int S>
-void nearest(const Column* const* channels, const float* table, int32_t* chosen) {
-  constexpr int kAtOnce = S <= 4 ? 4 : 2;
-  for (int start = 0; start < kVectors; start += kAtOnce) {
-    Float16 x[S][kAtOnce], least[kAtOnce];
-    Int16 index[kAtOnce];
-    for (int i = 0; i < kAtOnce; i++) {
-      for (int s = 0; s < S; s++) {
-        x[s][i] = channels[s]->v[start + i];
-      }
-      least[i] = broadcast(std::numeric_limits<float>::infinity());
-      index[i] = Int16{};
-    }
-    const float* row = table;
-    for (int32_t centroid = 0; centroid < kCentroids; centroid++, row += S + 1) {
-      const Int16 number = Int16{} + centroid;
-#pragma GCC unroll 4
-      for (int i = 0; i < kAtOnce; i++) {
-        Float16 distance = broadcast(row[S]);
-#pragma GCC unroll 8
-        for (int s = 0; s < S; s++) {
-          distance += x[s][i] * row[s];
-        }
-        index[i] = distance < least[i] ? number : index[i];
-        least[i] = distance < least[i] ? distance : least[i];
-      }
-    }
-    for (int i = 0; i < kAtOnce; i++) {
-      std::memcpy(chosen + (start + i) * kLanes, &index[i], sizeof(Int16));
-    }
-  }
-}
-
-// The same for any number of channels.
-void nearest_of_many(const Column* const* channels, int64_t count, const float* table, int32_t* chosen) {
-  Column least;
-  Int16 index[kVectors] = {};
-  for (int i = 0; i < kVectors; i++) {
-    least.v[i] = broadcast(std::numeric_limits<float>::infinity());
-  }
-  for (int32_t centroid = 0; centroid < kCentroids; centroid++, table += count + 1) {
-    for (int i = 0; i < kVectors; i++) {
-      Float16 distance = broadcast(table[count]);
-      for (int64_t s = 0; s < count; s++) {
-        distance += channels[s]->v[i] * table[s];
-      }
-      index[i] = distance < least.v[i] ? Int16{} + centroid : index[i];
-      least.v[i] = distance < least.v[i] ? distance : least.v[i];
-    }
-  }
-  std::memcpy(chosen, index, sizeof(index));
-}
-
-// See EncoderTables in cpu_kernels.py.
-Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const Tensor& first, const Tensor& weight,
-              const Tensor& mean, const Tensor& basis, const Tensor& gains) {
-  const Tensor given = x.to(at::kFloat);
-  const int64_t batch = x.size(0), heads = x.size(1), length = x.size(2), channels = x.size(3);
-  const int64_t parts = first.size(1) - 1, codes = parts + (gains.numel() > 0);
-  Tensor out = at::empty({batch, heads, length, codes}, x.options().dtype(at::kByte));
-  uint8_t* to = out.mutable_data_ptr<uint8_t>();
-  const float* from = given.const_data_ptr<float>();
-  const int64_t blocks = (length + kBlock - 1) / kBlock;
-  at::parallel_for(0, batch * heads * blocks, 1, [&](int64_t task, int64_t last_task) {
-    std::vector<Column> y(channels), rotated(basis.numel() ? channels : 0);
-    std::vector<const Column*> members(channels);
-    int32_t chosen[kBlock];
-    for (; task < last_task; task++) {
-      const int64_t row = task / blocks / heads, head = task / blocks % heads, start = task % blocks * kBlock;
-      const int64_t tokens = std::min(kBlock, length - start);
-      const float* subtracted = mean.const_data_ptr<float>() + head * channels;
-      for (int64_t c = 0; c < channels; c++) {
-        const float* source = from + row * given.stride(0) + head * given.stride(1) + c * given.stride(3);
-        float* target = reinterpret_cast<float*>(y[c].v);
-        for (int64_t token = 0; token < tokens; token++) {
-          target[token] = source[(start + token) * given.stride(2)] - subtracted[c];
-        }
-        std::fill(target + tokens, target + kBlock, 0.0f);
-      }
-      Column* vectors = y.data();
-      if (basis.numel()) {
-        multiply(vectors, basis.const_data_ptr<float>() + head * channels * channels, channels, rotated.data());
-        vectors = rotated.data();
-      }
-      uint8_t* target = to + ((row * heads + head) * length + start) * codes;
-      if (gains.numel()) {
-        const float* weights = weight.const_data_ptr<float>() + head * channels;
-        const float *begin = gains.const_data_ptr<float>() + head * 2 * kCentroids, *middle = begin + kCentroids;
-        Column energy{}, inverse{};
-        float total = 0;
-        for (int64_t c = 0; c < channels; c++) {
-          total += weights[c];
-          for (int i = 0; i < kVectors; i++) {
-            energy.v[i] += vectors[c].v[i] * vectors[c].v[i] * weights[c];
-          }
-        }
-        for (int64_t token = 0; token < kBlock; token++) {
-          const float root = std::sqrt(energy.v[token / kLanes][token % kLanes] / total);
-          const int64_t level = std::lower_bound(middle, middle + kCentroids - 1, root) - middle;
-          inverse.v[token / kLanes][token % kLanes] = 1 / begin[level];
-          if (token < tokens) {
-            target[token * codes + parts] = static_cast<uint8_t>(level);
-          }
-        }
-        for (int64_t c = 0; c < channels; c++) {
-          for (int i = 0; i < kVectors; i++) {
-            vectors[c].v[i] *= inverse.v[i];
-          }
-        }
-      }
-      const int32_t* channel = order.const_data_ptr<int32_t>() + head * channels;
-      const int32_t* bounds = first.const_data_ptr<int32_t>() + head * (parts + 1);
-      for (int64_t c = 0; c < channels; c++) {
-        members[c] = vectors + channel[c];
-      }
-      for (int64_t part = 0; part < parts; part++) {
-        const int64_t begin = bounds[part], count = bounds[part + 1] - begin;
-        const Column* const* of = members.data() + begin;
-        const float* table = tables.const_data_ptr<float>() + head * tables.stride(0) + (begin + part) * kCentroids;
-        switch (count) {
-          case 1: nearest_of_one(*of[0], table, chosen); break;
-          case 2: nearest<2>(of, table, chosen); break;
-          case 3: nearest<3>(of, table, chosen); break;
-          case 4: nearest<4>(of, table, chosen); break;
-          case 5: nearest<5>(of, table, chosen); break;
-          case 6: nearest<6>(of, table, chosen); break;
-          case 7: nearest<7>(of, table, chosen); break;
-          case 8: nearest<8>(of, table, chosen); break;
-          default: nearest_of_many(of, count, table, chosen);
-        }
-        for (int64_t token = 0; token < tokens; token++) {
-          target[token * codes + part] = static_cast<uint8_t>(chosen[token]);
-        }
-      }
-    }
-  });
-  return out;
-}
-
 }  // namespace
+}  // namespace effcli
 
 TORCH_LIBRARY(effcli_kv_pq, library) {
-  library.def("planes() -> int", [] { return kPlanes; });
+  library.def("planes() -> int", [] { return effcli::kPlanes; });
   library.def(
       "attend(Tensor query, Tensor key_codes, Tensor value_codes, Tensor[] keys, Tensor[] values, Tensor[] rope, "
       "Tensor start, int stop, Tensor offset, float scale, float softcap) -> (Tensor, Tensor)");
@@ -769,6 +357,6 @@ TORCH_LIBRARY(effcli_kv_pq, library) {
 }
 
 TORCH_LIBRARY_IMPL(effcli_kv_pq, CPU, library) {
-  library.impl("attend", &attend);
-  library.impl("encode", &encode);
+  library.impl("attend", &effcli::attend);
+  library.impl("encode", &effcli::encode);
 }

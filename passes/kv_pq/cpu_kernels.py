@@ -1,7 +1,7 @@
 """Attention over product-quantized keys and values on the CPU, and encoding, as a small C++ operator.
 
-``cpu_kernels.cpp`` is built once, by torch's extension loader, into torch's extension cache; where it cannot be,
-:func:`available` says why and the plain-torch path of :mod:`passes.kv_pq.attention` serves.
+Its sources stand beside this file and are built once, by torch's extension loader, into torch's extension cache; where
+they cannot be, :func:`available` says why and the plain-torch path of :mod:`passes.kv_pq.attention` serves.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from passes.kv_pq.codebooks import LayerCodebooks
 from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer
 from passes.kv_pq.rope import Rope
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_encoding.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_vectors.h", "cpu_decoding.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-std=c++20")
 ROPE_BLOCK = 64
-"""Tokens that the operator takes at a time (``kBlock``)."""
+"""Tokens that the operator takes at a time (``kBlock`` in ``cpu_vectors.h``)."""
 _FIRST_ROPE_BLOCKS = 64
 _DONE = "loaded"
 """File beside a build that has been loaded once: one that was cut off is never taken for it."""
@@ -212,7 +213,7 @@ def _built() -> str | None:
             (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(
                 name,
-                [str(SOURCE)],
+                [str(source) for source in SOURCES],
                 extra_cflags=[*FLAGS],
                 extra_ldflags=["-fopenmp"],
                 build_directory=str(folder),
@@ -227,7 +228,13 @@ def _built() -> str | None:
 
 def _digest() -> str:
     """Return what a build depends on, shortened: a cache folder may be shared by machines that differ."""
-    parts = [SOURCE.read_text(), *FLAGS, torch.__version__, platform.machine(), platform.processor()]
+    parts = [
+        *(path.read_text() for path in SOURCES + HEADERS),
+        *FLAGS,
+        torch.__version__,
+        platform.machine(),
+        platform.processor(),
+    ]
     about = Path("/proc/cpuinfo")
     if about.is_file():
         parts += sorted({line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))})
