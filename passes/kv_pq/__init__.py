@@ -5,6 +5,7 @@ See ``docs/passes/kv-pq.md``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -69,14 +70,15 @@ class KVPQPass(Pass):
         self._targets(model)
 
     def _targets(self, model: PreTrainedModel) -> Targets:
-        from passes.kv_pq import targets
+        from passes.kv_pq import layout, targets
 
         found = targets.find(model)
-        least = 8 * (1 + self.parameters.gains) / found.shape.head_dim
-        if self.parameters.budget_bits < least:
+        size = found.shape.head_dim
+        least = math.ceil(size / layout.MOST_CHANNELS) + self.parameters.gains
+        if self.parameters.codes(size) < least:
             raise PassError(
-                f"bits={self.parameters.bits:g} is less than one code for each vector of head_dim "
-                f"{found.shape.head_dim} takes; give bits={least:g} or more"
+                f"bits={self.parameters.bits:g} is {self.parameters.codes(size)} codes for a vector of head_dim {size}, "
+                f"and it takes at least {least}; give bits={8 * least / size:g} or more"
             )
         return found
 

@@ -53,3 +53,7 @@ class KVPQParameters(PassParameters):
     def budget_bits(self) -> float:
         """Most stored bits a value, gains included, over all compressed layers; codebooks not counted."""
         return self.bits + EXTRA_BITS if self.gains or self.allocation == "auto" else self.bits
+
+    def codes(self, head_dim: int) -> int:
+        """Return how many codes a vector of ``head_dim`` channels has, on average over layers, keys and values."""
+        return int(self.budget_bits * head_dim / 8 + 1e-9)

@@ -117,10 +117,10 @@ def predict(parameters: KVPQParameters, profile: ModelProfile, found: Targets) -
 
 def stored(parameters: KVPQParameters, found: Targets, itemsize: int) -> Stored:
     """Return the bytes of a sequence's cache before and after."""
-    values = 2 * len(found.layers) * found.shape.kv_heads * found.shape.head_dim
+    vectors = 2 * len(found.layers) * found.shape.kv_heads
     return Stored(
-        coded_bytes_per_token=int(values * parameters.budget_bits / 8),
-        plain_bytes_per_token=values * itemsize,
+        coded_bytes_per_token=vectors * parameters.codes(found.shape.head_dim),
+        plain_bytes_per_token=vectors * found.shape.head_dim * itemsize,
         other_bytes_per_token=found.other_bytes_per_token,
         exact_tokens=parameters.kept + parameters.recent,
     )
@@ -177,7 +177,6 @@ def _step_times(parameters: KVPQParameters, profile: ModelProfile, found: Target
 
     config = profile.model.config.get_text_config(decoder=True)
     shape = found.shape
-    codes = max(1 + parameters.gains, int(parameters.budget_bits * shape.head_dim / 8))
     turns = parameters.keys != "after-rope" and getattr(config, "rope_parameters", None) is not None
     return time_step(
         StepShape(
@@ -185,7 +184,7 @@ def _step_times(parameters: KVPQParameters, profile: ModelProfile, found: Target
             query_heads=config.num_attention_heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            codes=min(codes, shape.head_dim + parameters.gains),
+            codes=min(parameters.codes(shape.head_dim), shape.head_dim + parameters.gains),
             kept=parameters.kept,
             recent=parameters.recent,
             gains=parameters.gains,

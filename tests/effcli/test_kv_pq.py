@@ -52,7 +52,7 @@ def test_the_report_has_the_cache_before_and_after(made: Path) -> None:
     before, after = (report[side]["profiles"]["kv"] for side in ("before", "after"))
     (point,) = after["points"]
     assert before["bytes_per_token"] == 256  # float32
-    assert after["bytes_per_token"] <= 64 * 2.25 / 8
+    assert after["bytes_per_token"] == 8 * 2
     assert (point["context"], point["difference_bytes"]) == (200, 0)
     assert point["measured_bytes"] < before["points"][0]["measured_bytes"] / 3
     assert after["shared_bytes"] == report["passes"][1]["details"]["codebook_bytes"]
@@ -102,6 +102,6 @@ def test_a_dry_run_predicts_the_cache(tiny_folder: Path, tmp_path: Path) -> None
     said = optimize(str(tiny_folder), recipe(KV_PQ), tmp_path / "out", context=32, dry_run=True)
     (planned,) = said.planned  # type: ignore[union-attr]
     assert planned.prediction is not None
-    assert planned.prediction.figures.kv_bytes_per_token == 64 * 2.25 / 8
+    assert planned.prediction.figures.kv_bytes_per_token == 8 * 2
     assert planned.prediction.figures.tpot_seconds is None
     assert any(line.startswith("pass 1: kv-pq:bits=2") for line in said.lines())  # type: ignore[union-attr]

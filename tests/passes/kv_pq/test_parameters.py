@@ -52,8 +52,15 @@ def test_gains_or_uneven_codes_come_on_top_of_the_bits() -> None:
     assert KVPQParameters(bits=2.5, gains=False, allocation="even").budget_bits == 2.5
 
 
+def test_codes_are_whole() -> None:
+    assert KVPQParameters(bits=4).codes(64) == 34
+    assert KVPQParameters(bits=3).codes(128) == 52
+    assert KVPQParameters(bits=4).codes(8) == 4  # 4.25 of them
+    assert KVPQParameters(bits=2.4, gains=False, allocation="even").codes(80) == 24  # 2.4 x 80 / 8, not 23.999
+
+
 def test_bits_that_are_less_than_one_code_are_refused() -> None:
     model = meta_model(CONFIGS["llama"](), torch.float32)  # heads of 8 channels
     KVPQPass.from_mapping({"bits": 2}).check(model)
-    with pytest.raises(PassError, match="bits=1 is less than one code .* give bits=2 or more"):
+    with pytest.raises(PassError, match="bits=1 is 1 codes for a vector of head_dim 8, .* at least 2; give bits=2 or"):
         KVPQPass.from_mapping({"bits": 1}).check(model)

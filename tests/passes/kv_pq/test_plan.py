@@ -59,11 +59,11 @@ def predicted(values: dict[str, Any], known: ModelProfile) -> Any:
 
 
 def test_bytes_a_token_are_the_budget_of_the_compressed_layers() -> None:
-    # llama: 2 layers x keys and values x 2 heads x 8 channels
-    assert predicted({"bits": 4}, profile()).figures.kv_bytes_per_token == 64 * 4.25 / 8
+    # llama: 2 layers x keys and values x 2 heads, 8 channels each: 4.25 bits are 4 whole codes
+    assert predicted({"bits": 4}, profile()).figures.kv_bytes_per_token == 8 * 4
     assert predicted({"bits": 2, "gains": False, "allocation": "even"}, profile()).figures.kv_bytes_per_token == 16
     # gemma3: 2 of 4 layers; the others keep a window, whose bytes do not grow
-    assert predicted({"bits": 4}, profile("gemma3")).figures.kv_bytes_per_token == 64 * 4.25 / 8
+    assert predicted({"bits": 4}, profile("gemma3")).figures.kv_bytes_per_token == 8 * 4
 
 
 def test_the_step_changes_by_what_attention_was_timed_to() -> None:
@@ -87,8 +87,8 @@ def test_longer_contexts_have_a_line_each(monkeypatch: pytest.MonkeyPatch) -> No
     found = predicted({"recent": 64}, profile(model=meta_model(config, torch.bfloat16)))
     assert asked == [512, 2048, 8192]
     lines = [note for note in found.notes if note.startswith("context ")]
-    # 128 bytes a token in bfloat16; after: 68 tokens as they are, the others at 34 bytes
-    after = 68 * 128 + (8192 - 68) * 34
+    # 128 bytes a token in bfloat16; after: 68 tokens as they are, the others at 32 bytes
+    after = 68 * 128 + (8192 - 68) * 32
     assert lines[2].startswith(f"context 8,192: KV cache {8192 * 128 / 1e6:.3g} MB -> {after / 1e6:.3g} MB")
     # 10 ms at 512; two layers of attention grow by 1 us a token
     now = 10 + 2 * (8192 - 512) * 1e-3
@@ -119,7 +119,7 @@ def test_prefill_pays_for_encoding_and_memory_for_codebooks() -> None:
     found = predicted({}, profile())
     flops = 2 * 256 * 64 * 512  # a multiply-add for each value and centroid
     assert found.figures.ttft_seconds == pytest.approx(0.5 + flops / (0.5 * 5e10))
-    held = 132 * 128 + (512 - 132) * 34
+    held = 132 * 128 + (512 - 132) * 32
     codebooks = 64 * 256 * 4
     assert found.figures.peak_memory_bytes == 10**9 + held - 512 * 128 + codebooks
 
