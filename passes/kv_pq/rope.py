@@ -78,12 +78,14 @@ class Rope:
             cos, sin = cos[:, None], sin[:, None]
         if back:
             sin = -sin
-        pairs = self.pairs()
-        first, second = x[..., pairs[:, 0]].float(), x[..., pairs[:, 1]].float()
-        out = x.clone()
-        out[..., pairs[:, 0]] = (first * cos - second * sin).to(x.dtype)
-        out[..., pairs[:, 1]] = (second * cos + first * sin).to(x.dtype)
-        assert torch.is_tensor(out)
+        half, width = self.frequencies.numel(), self.width
+        first = slice(0, width, 2) if self.interleaved else slice(0, half)
+        second = slice(1, width, 2) if self.interleaved else slice(half, width)
+        one, other = x[..., first].float(), x[..., second].float()
+        out = torch.empty_like(x)
+        out[..., first] = one * cos - other * sin
+        out[..., second] = other * cos + one * sin
+        out[..., width:] = x[..., width:]
         return out
 
     def to(self, device: torch.device) -> Rope:

@@ -1,0 +1,253 @@
+"""Train the codebooks of a model.
+
+::
+
+    text ──> keys, values, Fisher information ──> expected error of each side, by number of codes ──> codes of each side
+                                                            └──> parts of each head ──> k-means ──> VectorQuantizer
+
+Everything is weighed by the Fisher information (:mod:`passes.kv_pq.collect`), so a code goes where it lowers the loss
+most: to channels, to keys or to values, to one layer or another.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from passes.base import PassError
+from passes.kv_pq import layout, targets
+from passes.kv_pq.codebooks import KINDS, Codebooks, LayerCodebooks
+from passes.kv_pq.collect import Side, collect
+from passes.kv_pq.kmeans import train_centroids
+from passes.kv_pq.parameters import KVPQParameters
+from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer, _nearest
+from passes.kv_pq.rope import Rope, find_ropes
+from profilers.base import Progress, SilentProgress
+
+VECTORS = 4096
+"""Of each head that k-means sees, at most."""
+GRADIENT_TOKENS = 2048
+"""Of text that is run backwards."""
+LEAST_VECTORS = 4 * CENTROIDS
+_FLOOR = 1e-3
+"""Least weight of a channel, as a share of the mean: Fisher information is estimated from few tokens."""
+
+
+@dataclass
+class _Prepared:
+    """One side of one layer, ready for k-means but for the number of its parts.
+
+    Attributes
+    ----------
+    y : torch.Tensor
+        Shape (H, N, D): centred, in its basis, divided by its gain.
+    sample_weight : torch.Tensor
+        Shape (H, N).
+    weight : torch.Tensor
+        Shape (H, D): Fisher information.
+    """
+
+    y: torch.Tensor
+    sample_weight: torch.Tensor
+    weight: torch.Tensor
+    mean: torch.Tensor
+    gains: torch.Tensor | None
+    heads: list[layout.Uneven]
+
+    def error(self, parts: int) -> float:
+        """Return the expected loss of all heads with this number of parts."""
+        return sum(head.error(parts) for head in self.heads)
+
+
+def train(
+    model: PreTrainedModel,
+    batches: Sequence[torch.Tensor],
+    parameters: KVPQParameters,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Codebooks, dict[str, Any]]:
+    """Return codebooks for a model, and how they were trained.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In evaluation mode, on any device.
+    batches : sequence of torch.Tensor
+        Token ids of calibration text, shape (B, T) each.
+    parameters : KVPQParameters
+    seed : int
+    progress : Progress, optional
+
+    Raises
+    ------
+    PassError
+        If the model cannot be compressed, or the text is too short.
+    """
+    shown = progress or SilentProgress()
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    found = targets.find(model)
+    tokens = sum(batch.shape[0] * (batch.shape[1] - parameters.kept) for batch in batches)
+    if tokens < LEAST_VECTORS:
+        raise PassError(
+            f"{tokens} tokens of calibration text are too few for {CENTROIDS} centroids, which need {LEAST_VECTORS}; "
+            "give more samples, or longer ones"
+        )
+    ropes = _ropes(model, found.layers, parameters)
+    backward = max(1, GRADIENT_TOKENS // batches[0].numel()) if parameters.weighting == "attention" else 0
+    samples = collect(
+        model, batches, ropes, kv_heads=found.shape.kv_heads, kept=parameters.kept, vectors=VECTORS,
+        gradient_batches=backward, generator=generator, progress=shown,
+    )  # fmt: skip
+    collected = time.perf_counter()
+    budget = int(parameters.budget_bits * found.shape.head_dim / 8 + 1e-9)
+    keys = [(layer, kind) for layer in found.layers for kind in KINDS]
+    # One thread a side: most of the work is in operators that use one core.
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+
+        def prepare(key: tuple[int, str]) -> _Prepared:
+            layer, kind = key
+            return _prepare(samples[layer][kind], ropes[layer] if kind == "keys" else None, parameters, budget)
+
+        prepared = dict(zip(keys, pool.map(prepare, keys), strict=True))
+        parts = _shared_out(prepared, budget, parameters)
+
+        def finish(key: tuple[int, str]) -> tuple[VectorQuantizer, float]:
+            layer, kind = key
+            own = torch.Generator().manual_seed(seed + keys.index(key))  # whichever thread comes first
+            quantizer = _trained(prepared[key], parts[key], ropes[layer], kind, parameters, own)
+            return quantizer, _distortion(quantizer, samples[layer][kind].x)
+
+        quantizers: dict[tuple[int, str], VectorQuantizer] = {}
+        distortion: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+        with shown.task("k-means", total=len(keys)) as task:
+            for (layer, kind), (quantizer, lost) in zip(keys, pool.map(finish, keys), strict=True):
+                quantizers[layer, kind] = quantizer
+                distortion[kind][str(layer)] = lost
+                task.advance()
+    layers = {
+        layer: LayerCodebooks(quantizers[layer, "keys"], quantizers[layer, "values"], ropes[layer])
+        for layer in found.layers
+    }
+    about = {
+        "collect_seconds": collected - started,
+        "train_seconds": time.perf_counter() - collected,
+        "vectors": next(iter(samples.values()))["keys"].x.shape[1],
+        "codes": {kind: {str(layer): quantizers[layer, kind].codes for layer in found.layers} for kind in KINDS},
+        "distortion": distortion,
+    }
+    books = Codebooks(
+        layers, found.shape, parameters.kept, parameters.recent, {"parameters": parameters.model_dump(mode="json")}
+    )
+    return books, about
+
+
+def _ropes(model: PreTrainedModel, layers: Sequence[int], parameters: KVPQParameters) -> dict[int, Rope | None]:
+    """Return the rotary embedding that keys are turned back from, by layer; None where they are kept as they are."""
+    ropes: dict[int, Rope | None] = {layer: None for layer in layers}
+    if parameters.keys == "after-rope":
+        return ropes
+    for layer, rope in find_ropes(model, layers).items():
+        if isinstance(rope, Rope):
+            ropes[layer] = rope.to(torch.device("cpu"))
+        elif parameters.keys == "before-rope":
+            raise PassError(f"keys of layer {layer} cannot be stored before rotary embedding: {rope}; use keys=auto")
+    return ropes
+
+
+def _prepare(side: Side, rope: Rope | None, parameters: KVPQParameters, budget: int) -> _Prepared:
+    x = side.x
+    heads, count, dim = x.shape
+    if side.fisher is None:
+        weight = torch.ones(heads, dim)
+    else:
+        weight = side.fisher.mean(1)
+        if rope is not None:  # a query meets a pair at every angle, so both channels matter alike
+            pairs = rope.pairs()
+            weight[:, pairs] = weight[:, pairs].mean(-1, keepdim=True)
+        weight = weight.clamp_min(_FLOOR * float(weight.mean()))
+    mean = x.mean(1)
+    y = x - mean[:, None]
+    gains, sample_weight = None, torch.ones(heads, count)
+    if parameters.gains:
+        size = ((y.square() * weight[:, None]).sum(-1) / weight.sum(-1, keepdim=True)).sqrt()
+        gains = _levels(size)
+        y = y / gains.gather(1, _nearest(size, gains))[..., None]
+        sample_weight = size.square()
+    most = min(dim, 2 * budget)
+    uneven = []
+    for head in range(heads):
+        z = y[head] * weight[head].sqrt()
+        uneven.append(layout.Uneven((z * sample_weight[head][:, None]).t() @ z / count, most))
+    return _Prepared(y, sample_weight, weight, mean, gains, uneven)
+
+
+def _levels(size: torch.Tensor) -> torch.Tensor:
+    """Return 256 ascending gains for sizes (H, N): quantiles, the ends included."""
+    ranks = torch.linspace(0, 1, CENTROIDS)
+    levels = torch.stack([torch.quantile(row, ranks) for row in size]).clamp_min(1e-6)
+    steps = torch.arange(CENTROIDS) * 1e-6 * levels[:, -1:]
+    return levels + steps  # strictly ascending where many are equal
+
+
+def _shared_out(
+    prepared: Mapping[tuple[int, str], _Prepared], budget: int, parameters: KVPQParameters
+) -> dict[tuple[int, str], int]:
+    """Return the number of parts of each side: one code after another goes where it lowers the loss most."""
+    overhead = int(parameters.gains)
+    dim = next(iter(prepared.values())).y.shape[-1]
+    if parameters.allocation == "even":
+        return {key: min(dim, budget - overhead) for key in prepared}
+    least = math.ceil(dim / layout.MOST_CHANNELS)
+    most = min(dim, 2 * budget)
+    parts = {key: least for key in prepared}
+    left = (budget - overhead - least) * len(prepared)
+    queue = [(side.error(least + 1) - side.error(least), key) for key, side in prepared.items()]
+    heapq.heapify(queue)
+    while left > 0 and queue:
+        _, key = heapq.heappop(queue)
+        parts[key] += 1
+        left -= 1
+        if parts[key] < most:
+            side = prepared[key]
+            heapq.heappush(queue, (side.error(parts[key] + 1) - side.error(parts[key]), key))
+    return parts
+
+
+def _trained(
+    side: _Prepared,
+    parts: int,
+    rope: Rope | None,
+    kind: str,
+    parameters: KVPQParameters,
+    generator: torch.Generator,
+) -> VectorQuantizer:
+    heads, _, dim = side.y.shape
+    if parameters.pairing == "neighbours":
+        part = layout.neighbours(dim, parts).expand(heads, -1)
+    elif parameters.pairing == "rope" and kind == "keys" and rope is not None:
+        part = layout.rope_pairs(rope.pairs(), dim, parts).expand(heads, -1)
+    else:
+        part = torch.stack([head.part(parts) for head in side.heads])
+    centroids, _ = train_centroids(
+        side.y, part.contiguous(), side.weight, side.sample_weight, iterations=parameters.iterations,
+        generator=generator,
+    )  # fmt: skip
+    return VectorQuantizer(centroids, part.contiguous(), side.weight, side.mean, side.gains)
+
+
+def _distortion(quantizer: VectorQuantizer, x: torch.Tensor) -> float:
+    """Return the relative squared error of vectors (H, N, D), their mean taken off."""
+    from passes.kv_pq import attention
+
+    back = quantizer.decode(attention.encode(x[None], quantizer), torch.float32)[0]
+    return float((back - x).square().sum() / (x - quantizer.mean[:, None]).square().sum())

@@ -1,0 +1,116 @@
+"""k-means of every part of every head at once, in the terms of a :class:`~passes.kv_pq.quantizer.VectorQuantizer`.
+
+The assignment step is the quantizer's own encoding (in C++ where a compiler is found), so training and use agree on
+what "nearest" means; the update is one scatter over all channels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from passes.kv_pq import attention
+from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer
+
+STALL = 2e-6
+"""Gain of a round, as a share of what the vectors hold, below which the search ends."""
+
+
+def train_centroids(
+    y: torch.Tensor,
+    part: torch.Tensor,
+    weight: torch.Tensor,
+    sample_weight: torch.Tensor,
+    *,
+    iterations: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, int]:
+    """Return centroids that minimize the weighted squared error.
+
+    Centroids start on vectors drawn in proportion to the weighted square of their length (the first step of k-means++,
+    Arthur and Vassilvitskii 2007, for all at once). A centroid that no vector chooses goes to a vector whose error is
+    among the largest.
+
+    Parameters
+    ----------
+    y : torch.Tensor
+        Shape (H, N, D), float32; N at least 256.
+    part : torch.Tensor
+        Shape (H, D), int64.
+    weight : torch.Tensor
+        Shape (H, D): of channels.
+    sample_weight : torch.Tensor
+        Shape (H, N): of vectors.
+    iterations : int
+        Rounds at most.
+    generator : torch.Generator
+        Of the CPU.
+
+    Returns
+    -------
+    centroids : torch.Tensor
+        Shape (H, 256, D), float32.
+    rounds : int
+        Done.
+    """
+    heads, count, dim = y.shape
+    centroids = _drawn(y, part, weight, sample_weight, generator)
+    of_vector = part[:, None, :].expand(-1, count, -1)
+    of_centroid = part[:, None, :].expand(-1, CENTROIDS, -1)
+    blank = torch.zeros_like(weight)
+    weighed = y * sample_weight[..., None]
+    energy = float((weighed * y * weight[:, None]).sum(dtype=torch.float64))
+    done = 0
+    while done < iterations:
+        done += 1
+        quantizer = VectorQuantizer(centroids, part, weight, blank)
+        codes = attention.encode(y[None], quantizer)[0].long()
+        mass = y.new_zeros(heads, CENTROIDS, codes.shape[-1])
+        mass.scatter_add_(1, codes, sample_weight[..., None].expand_as(codes))
+        chosen = codes.gather(2, of_vector)
+        moved = torch.zeros_like(centroids).scatter_add_(1, chosen, weighed)
+        counted = mass.gather(2, of_centroid)
+        moved /= counted.clamp_min(1e-30)
+        gain = float(((moved - centroids).square() * counted * weight[:, None]).sum(dtype=torch.float64))
+        empty = counted <= 0
+        if bool(empty.any()):
+            lost = (y - centroids.gather(1, chosen)).square() * weight[:, None]
+            moved = torch.where(empty, _worst(y, lost, part, sample_weight), moved)
+        elif gain <= STALL * energy:
+            centroids = moved
+            break
+        centroids = moved
+    return centroids, done
+
+
+def _part_sums(values: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Return sums over the channels of each part: (H, N, D) to (H, N, M)."""
+    heads, count, _ = values.shape
+    out = values.new_zeros(heads, count, int(part.max()) + 1)
+    return out.scatter_add_(2, part[:, None, :].expand_as(values), values)
+
+
+def _rows(y: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Return for each part the vectors that ``rows`` (H, 256, M) names: (H, 256, D)."""
+    return y.gather(1, rows.gather(2, part[:, None, :].expand(-1, rows.shape[1], -1)))
+
+
+def _drawn(
+    y: torch.Tensor,
+    part: torch.Tensor,
+    weight: torch.Tensor,
+    sample_weight: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    energy = _part_sums(y.square() * weight[:, None], part) * sample_weight[..., None]
+    # Half by error, half evenly, so that a few long vectors do not take all.
+    chance = energy / energy.sum(1, keepdim=True).clamp_min(1e-30)
+    chance = chance + (sample_weight / sample_weight.sum(1, keepdim=True))[..., None]
+    # Gumbel's trick draws without replacement for all parts at once.
+    noise = torch.rand(chance.shape, generator=generator).to(y.device).clamp_min(1e-20).log().neg()
+    rows = (noise / chance.clamp_min(1e-30)).topk(CENTROIDS, dim=1, largest=False).indices
+    return _rows(y, rows, part)
+
+
+def _worst(y: torch.Tensor, error: torch.Tensor, part: torch.Tensor, sample_weight: torch.Tensor) -> torch.Tensor:
+    lost = _part_sums(error, part) * sample_weight[..., None]
+    return _rows(y, lost.topk(CENTROIDS, dim=1).indices, part)
