@@ -26,6 +26,10 @@ FORWARD_EFFICIENCY = 0.5
 """Share of the measured matrix-product peak that calibration's forward passes reach."""
 ASSIGN_EFFICIENCY = 0.1
 """Share of it that assigning vectors to centroids reaches: products with few columns, and a minimum each."""
+VECTOR_COPIES = 2
+"""Of the keys and values that k-means sees: as collected, and centred and scaled."""
+LOGIT_COPIES = 4
+"""Logits in float32, their softmax, the noise that tokens are drawn with, and their gradient."""
 FLOAT32_BYTES = 4
 CENTROIDS = 256
 PROCESS_BYTES = 700_000_000
@@ -225,24 +229,37 @@ def _cost(
     parameters: KVPQParameters, profile: ModelProfile, found: Targets, weights: int, notes: list[str]
 ) -> tuple[float | None, int]:
     """Return seconds and bytes that training the codebooks takes."""
+    from passes.calibration_text import BATCH_TOKENS
+    from passes.kv_pq.fit import GRADIENT_TOKENS, VECTORS
+
     tokens = parameters.samples * parameters.length
+    seen = min(tokens, VECTORS)
+    backward = min(tokens, GRADIENT_TOKENS) if parameters.weighting == "attention" else 0
     name = str(profile.dtype).removeprefix("torch.")
     forward_rate, assign_rate = _rate(profile, name), _rate(profile)
     seconds = None
     if forward_rate is not None and assign_rate is not None:
-        forward = 2.0 * _parameters(profile) * tokens / (FORWARD_EFFICIENCY * forward_rate)
-        rounds = parameters.iterations * _assign_flops(found, tokens) / (ASSIGN_EFFICIENCY * assign_rate)
-        seconds = forward + rounds
+        # A backward pass to keys and values costs about a forward one: no gradients of weights are made.
+        passes = 2.0 * _parameters(profile) * (tokens + backward) / (FORWARD_EFFICIENCY * forward_rate)
+        rounds = parameters.iterations * _assign_flops(found, seen) / (ASSIGN_EFFICIENCY * assign_rate)
+        seconds = passes + rounds
         notes.append(
-            f"pass time: {forward:.3g} s of forward passes over {tokens:,} tokens and {rounds:.3g} s of k-means, at "
-            f"{FORWARD_EFFICIENCY:.0%} and {ASSIGN_EFFICIENCY:.0%} of the measured peaks"
+            f"pass time: {passes:.3g} s of running {tokens:,} tokens forwards and {backward:,} backwards, "
+            f"{rounds:.3g} s of k-means over {seen:,} of them, at {FORWARD_EFFICIENCY:.0%} and "
+            f"{ASSIGN_EFFICIENCY:.0%} of the measured peaks"
         )
     shape = found.shape
-    collected = 2 * len(found.layers) * shape.kv_heads * shape.head_dim * tokens * FLOAT32_BYTES
-    memory = weights + collected + codebook_bytes(found)
+    vectors = 2 * len(found.layers) * shape.kv_heads * shape.head_dim * FLOAT32_BYTES
+    collected = vectors * (VECTOR_COPIES * seen + backward)
+    vocabulary = profile.model.config.get_text_config(decoder=True).vocab_size
+    logits = LOGIT_COPIES * min(backward, BATCH_TOKENS) * vocabulary * FLOAT32_BYTES
+    memory = weights + collected + logits + codebook_bytes(found)
     if profile.device.type == "cpu":
         memory += PROCESS_BYTES
-    notes.append(f"pass memory: the weights and {collected / 1e6:,.3g} MB of keys and values of {tokens:,} tokens")
+    notes.append(
+        f"pass memory: the weights, {collected / 1e6:,.3g} MB of keys, values and their gradients, and "
+        f"{logits / 1e6:,.3g} MB of logits to run backwards from"
+    )
     return seconds, memory
 
 
