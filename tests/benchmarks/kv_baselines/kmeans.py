@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 20
 """Distances that are in memory at a time."""
 
 
 def assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Return the index of the nearest centroid (P, K, S) for points (P, N, S): shape (P, N), int64."""
     rows = max(1, BLOCK_ELEMENTS // centroids.shape[1])
-    length = centroids.square().sum(-1)
+    # |c|^2 - 2 x c as one product, whose last column of ones takes the length
+    table = torch.cat([-2 * centroids, centroids.square().sum(-1, keepdim=True)], -1).transpose(1, 2).contiguous()
     found = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
     for problem in range(x.shape[0]):
-        table = -2 * centroids[problem].T
         for start in range(0, x.shape[1], rows):
             block = x[problem, start : start + rows]
-            found[problem, start : start + rows] = torch.addmm(length[problem], block, table).argmin(-1)
+            distance = torch.cat([block, block.new_ones(block.shape[0], 1)], -1) @ table[problem]
+            found[problem, start : start + rows] = distance.min(-1).indices
     return found
 
 
