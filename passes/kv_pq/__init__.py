@@ -77,7 +77,7 @@ class KVPQPass(Pass):
         least = math.ceil(size / layout.MOST_CHANNELS) + self.parameters.gains
         if self.parameters.codes(size) < least:
             raise PassError(
-                f"bits={self.parameters.bits:g} is {self.parameters.codes(size)} codes for a vector of head_dim {size}, "
+                f"bits={self.parameters.bits:g} is {self.parameters.codes(size)} codes a vector of head_dim {size}, "
                 f"and it takes at least {least}; give bits={8 * least / size:g} or more"
             )
         return found

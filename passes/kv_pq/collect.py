@@ -30,12 +30,12 @@ class Side:
     ----------
     x : torch.Tensor
         Shape (H, N, D), float32, on the CPU; keys before rotary embedding where that can be undone.
-    fisher : torch.Tensor or None
-        Shape (H, N', D): squared gradients, of the tokens of the batches that were run backwards.
+    gradient : torch.Tensor or None
+        Shape (H, N', D): of the log-likelihood, at the tokens of the batches that were run backwards.
     """
 
     x: torch.Tensor
-    fisher: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
 
 
 @dataclass
@@ -128,10 +128,10 @@ def collect(
                     if backward:
                         everything = torch.arange(count)
                         assert key.grad is not None and value.grad is not None
-                        key_grad = key.grad.unflatten(1, (kv_heads, group)).sum(2)
-                        value_grad = value.grad.unflatten(1, (kv_heads, group)).sum(2)
-                        into.key_gradients.append(own(key_grad, layer, everything, is_key=True).square())
-                        into.value_gradients.append(own(value_grad, layer, everything, is_key=False).square())
+                        key_grad = key.grad.reshape(key.shape[0], kv_heads, group, *key.shape[2:]).sum(2)
+                        value_grad = value.grad.reshape(value.shape[0], kv_heads, group, *value.shape[2:]).sum(2)
+                        into.key_gradients.append(own(key_grad, layer, everything, is_key=True))
+                        into.value_gradients.append(own(value_grad, layer, everything, is_key=False))
                 task.advance()
     finally:
         live.clear()
@@ -163,7 +163,7 @@ def _run(model: PreTrainedModel, batch: torch.Tensor, generator: torch.Generator
         chance = logits.detach().softmax(-1).flatten(0, 1)
         noise = torch.rand(chance.shape, generator=generator).to(chance.device).clamp_min(1e-20).log().neg()
         drawn = (noise / chance.clamp_min(1e-30)).argmin(-1)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

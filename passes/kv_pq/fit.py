@@ -39,6 +39,8 @@ GRADIENT_TOKENS = 2048
 LEAST_VECTORS = 4 * CENTROIDS
 _FLOOR = 1e-3
 """Least weight of a channel, as a share of the mean: Fisher information is estimated from few tokens."""
+_NO_WEIGHT = 1e-20
+"""Of channels that the loss does not depend on."""
 
 
 @dataclass
@@ -60,6 +62,8 @@ class _Prepared:
     weight: torch.Tensor
     mean: torch.Tensor
     gains: torch.Tensor | None
+    basis: torch.Tensor | None
+    covariances: torch.Tensor
     heads: list[layout.Uneven]
 
     def error(self, parts: int) -> float:
@@ -110,13 +114,15 @@ def train(
     )  # fmt: skip
     collected = time.perf_counter()
     budget = int(parameters.budget_bits * found.shape.head_dim / 8 + 1e-9)
-    keys = [(layer, kind) for layer in found.layers for kind in KINDS]
+    if not parameters.per_head:
+        samples = _pooled(samples, generator)
+    keys = [(layer, kind) for layer in samples for kind in KINDS]
     # One thread a side: most of the work is in operators that use one core.
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
 
         def prepare(key: tuple[int, str]) -> _Prepared:
             layer, kind = key
-            return _prepare(samples[layer][kind], ropes[layer] if kind == "keys" else None, parameters, budget)
+            return _prepare(samples[layer][kind], ropes[layer] if kind == "keys" else None, parameters, budget, seed)
 
         prepared = dict(zip(keys, pool.map(prepare, keys), strict=True))
         parts = _shared_out(prepared, budget, parameters)
@@ -125,14 +131,16 @@ def train(
             layer, kind = key
             own = torch.Generator().manual_seed(seed + keys.index(key))  # whichever thread comes first
             quantizer = _trained(prepared[key], parts[key], ropes[layer], kind, parameters, own)
-            return quantizer, _distortion(quantizer, samples[layer][kind].x)
+            lost = _distortion(quantizer, samples[layer][kind].x)
+            return quantizer if parameters.per_head else _shared(quantizer, found.shape.kv_heads), lost
 
         quantizers: dict[tuple[int, str], VectorQuantizer] = {}
         distortion: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
         with shown.task("k-means", total=len(keys)) as task:
             for (layer, kind), (quantizer, lost) in zip(keys, pool.map(finish, keys), strict=True):
-                quantizers[layer, kind] = quantizer
-                distortion[kind][str(layer)] = lost
+                for member in [layer] if parameters.per_head else found.layers:
+                    quantizers[member, kind] = quantizer
+                    distortion[kind][str(member)] = lost
                 task.advance()
     layers = {
         layer: LayerCodebooks(quantizers[layer, "keys"], quantizers[layer, "values"], ropes[layer])
@@ -164,31 +172,51 @@ def _ropes(model: PreTrainedModel, layers: Sequence[int], parameters: KVPQParame
     return ropes
 
 
-def _prepare(side: Side, rope: Rope | None, parameters: KVPQParameters, budget: int) -> _Prepared:
+def _prepare(side: Side, rope: Rope | None, parameters: KVPQParameters, budget: int, seed: int) -> _Prepared:
     x = side.x
     heads, count, dim = x.shape
-    if side.fisher is None:
+    mean = x.mean(1)
+    y = x - mean[:, None]
+    basis = None if rope is not None else _basis(y, parameters, seed)
+    if basis is not None:
+        y = y @ basis
+    if side.gradient is None:
         weight = torch.ones(heads, dim)
-    else:
-        weight = side.fisher.mean(1)
+    else:  # the basis is orthogonal, so gradients turn as vectors do
+        weight = (side.gradient if basis is None else side.gradient @ basis).square().mean(1)
         if rope is not None:  # a query meets a pair at every angle, so both channels matter alike
             pairs = rope.pairs()
             weight[:, pairs] = weight[:, pairs].mean(-1, keepdim=True)
-        weight = weight.clamp_min(_FLOOR * float(weight.mean()))
-    mean = x.mean(1)
-    y = x - mean[:, None]
+        weight = weight.clamp_min(max(_FLOOR * float(weight.mean()), _NO_WEIGHT))
     gains, sample_weight = None, torch.ones(heads, count)
     if parameters.gains:
         size = ((y.square() * weight[:, None]).sum(-1) / weight.sum(-1, keepdim=True)).sqrt()
         gains = _levels(size)
         y = y / gains.gather(1, _nearest(size, gains))[..., None]
         sample_weight = size.square()
-    most = min(dim, 2 * budget)
-    uneven = []
-    for head in range(heads):
-        z = y[head] * weight[head].sqrt()
-        uneven.append(layout.Uneven((z * sample_weight[head][:, None]).t() @ z / count, most))
-    return _Prepared(y, sample_weight, weight, mean, gains, uneven)
+    z = y * weight.sqrt()[:, None]
+    covariances = (z * sample_weight[..., None]).transpose(1, 2) @ z / count
+    uneven = [layout.Uneven(covariance, min(dim, 2 * budget)) for covariance in covariances]
+    return _Prepared(y, sample_weight, weight, mean, gains, basis, covariances, uneven)
+
+
+def _basis(y: torch.Tensor, parameters: KVPQParameters, seed: int) -> torch.Tensor | None:
+    """Return an orthogonal matrix for each head (H, D, D), or None.
+
+    ``opq``: principal axes (the parametric solution of Optimized Product Quantization, section 3.2). ``hadamard``:
+    random signs, then a Hadamard matrix.
+    """
+    heads, _, dim = y.shape
+    if parameters.rotation == "opq":
+        axes: torch.Tensor = torch.linalg.eigh(y.transpose(1, 2) @ y).eigenvectors
+        return axes.contiguous()
+    if parameters.rotation == "hadamard":
+        if dim & (dim - 1):
+            raise PassError(f"rotation=hadamard needs a head_dim that is a power of two, not {dim}; use rotation=opq")
+        signs = torch.randint(0, 2, (heads, dim, 1), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+        turned: torch.Tensor = signs * layout.hadamard(dim) / math.sqrt(dim)
+        return turned
+    return None
 
 
 def _levels(size: torch.Tensor) -> torch.Tensor:
@@ -232,17 +260,49 @@ def _trained(
     generator: torch.Generator,
 ) -> VectorQuantizer:
     heads, _, dim = side.y.shape
-    if parameters.pairing == "neighbours":
-        part = layout.neighbours(dim, parts).expand(heads, -1)
-    elif parameters.pairing == "rope" and kind == "keys" and rope is not None:
-        part = layout.rope_pairs(rope.pairs(), dim, parts).expand(heads, -1)
-    else:
-        part = torch.stack([head.part(parts) for head in side.heads])
+    part = torch.stack(
+        [_part(side, head, parts, rope if kind == "keys" else None, parameters) for head in range(heads)]
+    )
     centroids, _ = train_centroids(
-        side.y, part.contiguous(), side.weight, side.sample_weight, iterations=parameters.iterations,
+        side.y, part, side.weight, side.sample_weight, iterations=parameters.iterations,
         generator=generator,
     )  # fmt: skip
-    return VectorQuantizer(centroids, part.contiguous(), side.weight, side.mean, side.gains)
+    inverse = None if side.basis is None else side.basis.transpose(1, 2).contiguous()
+    return VectorQuantizer(centroids, part, side.weight, side.mean, side.gains, side.basis, inverse)
+
+
+def _part(side: _Prepared, head: int, parts: int, rope: Rope | None, parameters: KVPQParameters) -> torch.Tensor:
+    """Return the part of each channel of a head: as asked for, else what has the least expected error."""
+    dim = side.y.shape[-1]
+    covariance = side.covariances[head]
+    candidates = {"neighbours": layout.neighbours(dim, parts)}
+    if rope is not None:
+        candidates["rope"] = layout.rope_pairs(rope.pairs(), dim, parts)
+    if parameters.pairing in ("auto", "correlation"):
+        candidates["correlation"] = layout.correlated(covariance, parts)
+    if parameters.pairing != "auto":
+        return candidates.get(parameters.pairing, candidates["neighbours"])
+    candidates["uneven"] = side.heads[head].part(parts)
+    return min(candidates.values(), key=lambda part: layout.error_of(covariance, part))
+
+
+def _pooled(samples: Mapping[int, Mapping[str, Side]], generator: torch.Generator) -> dict[int, dict[str, Side]]:
+    """Return one layer with one head that has a share of the vectors of all, under the first layer's index."""
+    first = next(iter(samples))
+    pooled = {}
+    for kind in KINDS:
+        sides = [layer[kind] for layer in samples.values()]
+        everything = torch.cat([side.x.flatten(0, 1) for side in sides])
+        chosen = torch.randperm(everything.shape[0], generator=generator)[:VECTORS]
+        gradients = [side.gradient.flatten(0, 1) for side in sides if side.gradient is not None]
+        pooled[kind] = Side(everything[chosen][None], torch.cat(gradients)[None] if gradients else None)
+    return {first: pooled}
+
+
+def _shared(quantizer: VectorQuantizer, heads: int) -> VectorQuantizer:
+    """Return a quantizer of one head for many."""
+    tensors = quantizer.tensors().items()
+    return VectorQuantizer(**{name: tensor.expand(heads, *tensor.shape[1:]).contiguous() for name, tensor in tensors})
 
 
 def _distortion(quantizer: VectorQuantizer, x: torch.Tensor) -> float:

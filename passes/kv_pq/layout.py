@@ -2,8 +2,8 @@
 
 Every code is one byte, so a part of n channels spends 8/n bits on each. For a part with (weighted) covariance S the
 error of 256 centroids is about ``n · g(n) · det(S)^(1/n) · 2^(-16/n)`` (high-resolution theory: Zador 1982, Gersho
-1979, with g for Gaussian vectors), and never more than the trace of S. Channels are put in order of importance; cutting that
-order into M runs of least total error is a dynamic programme over (channels, parts), solved exactly.
+1979, with g for Gaussian vectors), and never more than the trace of S. Channels are put in order of importance; cutting
+that order into M runs of least total error is a dynamic programme over (channels, parts), solved exactly.
 """
 
 from __future__ import annotations
@@ -79,6 +79,23 @@ def _solved(covariance: torch.Tensor, parts: int) -> tuple[torch.Tensor, list[li
                     best[first + size][used + 1] = error
                     taken[first + size][used + 1] = size
     return order, best, taken
+
+
+def error_of(covariance: torch.Tensor, part: torch.Tensor) -> float:
+    """Return the expected error of a head with these parts."""
+    total = 0.0
+    for index in range(int(part.max()) + 1):
+        members = (part == index).nonzero().flatten()
+        total += float(errors_of(covariance[members][:, members][None].double()))
+    return total
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """Return Sylvester's Hadamard matrix, shape (size, size), of a power of two."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 def neighbours(dim: int, parts: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ class KVPQParameters(PassParameters):
     )
     kept: int = Field(default=4, ge=0, description="First tokens of each sequence that stay in full precision.")
     recent: int = Field(default=128, ge=1, description="Latest tokens that stay in full precision, at most.")
-    samples: int = Field(default=32, ge=1, description="Calibration windows.")
+    samples: int = Field(default=16, ge=1, description="Calibration windows.")
     length: int = Field(default=512, ge=16, description="Tokens of one calibration window.")
     per_head: bool = Field(
         default=True,
@@ -37,8 +37,8 @@ class KVPQParameters(PassParameters):
     pairing: Literal["auto", "neighbours", "rope", "correlation"] = Field(
         default="auto", description="Which channels share a code; auto: what has the lowest error, layer by layer."
     )
-    rotation: Literal["auto", "none", "hadamard", "opq"] = Field(
-        default="auto", description="Turn values, and keys without rotary embedding, before they are encoded."
+    rotation: Literal["none", "hadamard", "opq"] = Field(
+        default="none", description="Turn values, and keys without rotary embedding, before they are encoded."
     )
     gains: bool = Field(default=True, description="Divide each vector by its size, which takes one more code.")
     weighting: Literal["attention", "none"] = Field(
@@ -47,7 +47,7 @@ class KVPQParameters(PassParameters):
     allocation: Literal["auto", "even"] = Field(
         default="auto", description="Share codes out over layers, keys and values by their error, or evenly."
     )
-    iterations: int = Field(default=25, ge=1, description="Rounds of k-means, at most.")
+    iterations: int = Field(default=8, ge=1, description="Rounds of k-means, at most.")
 
     @property
     def budget_bits(self) -> float:
