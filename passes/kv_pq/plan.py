@@ -30,6 +30,8 @@ VECTOR_COPIES = 2
 """Of the keys and values that k-means sees: as collected, and centred and scaled."""
 LOGIT_COPIES = 4
 """Logits in float32, their softmax, the noise that tokens are drawn with, and their gradient."""
+SAVED_HIDDEN, SAVED_INNER = 12, 3
+"""Vectors of the hidden and of the inner size that a layer keeps for the backward pass, for each token."""
 FLOAT32_BYTES = 4
 CENTROIDS = 256
 PROCESS_BYTES = 700_000_000
@@ -251,14 +253,16 @@ def _cost(
     shape = found.shape
     vectors = 2 * len(found.layers) * shape.kv_heads * shape.head_dim * FLOAT32_BYTES
     collected = vectors * (VECTOR_COPIES * seen + backward)
-    vocabulary = profile.model.config.get_text_config(decoder=True).vocab_size
-    logits = LOGIT_COPIES * min(backward, BATCH_TOKENS) * vocabulary * FLOAT32_BYTES
-    memory = weights + collected + logits + codebook_bytes(found)
+    text, batch = profile.model.config.get_text_config(decoder=True), min(backward, BATCH_TOKENS)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    kept = text.num_hidden_layers * (SAVED_HIDDEN * text.hidden_size + SAVED_INNER * inner) * profile.dtype.itemsize
+    graph = batch * (LOGIT_COPIES * text.vocab_size * FLOAT32_BYTES + kept)
+    memory = weights + collected + graph + codebook_bytes(found)
     if profile.device.type == "cpu":
         memory += PROCESS_BYTES
     notes.append(
         f"pass memory: the weights, {collected / 1e6:,.3g} MB of keys, values and their gradients, and "
-        f"{logits / 1e6:,.3g} MB of logits to run backwards from"
+        f"{graph / 1e6:,.3g} MB of logits and activations to run {batch:,} tokens backwards"
     )
     return seconds, memory
 
