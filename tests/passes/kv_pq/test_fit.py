@@ -49,7 +49,7 @@ def test_the_budget_is_kept(model: Any, batches: list[torch.Tensor], bits: float
 
 def test_more_bits_lose_less(model: Any, batches: list[torch.Tensor]) -> None:
     lost = []
-    for bits in (2, 3, 4, 7):
+    for bits in (2, 4, 7):
         _, about = train(model, batches, bits=bits, allocation="even")
         lost.append(sum(about["distortion"]["values"].values()))
     assert lost == sorted(lost, reverse=True)
@@ -118,8 +118,6 @@ def test_what_weighs_more_gets_more_codes(model: Any, batches: list[torch.Tensor
 
 def test_gradients_are_those_of_the_loss(model: Any, batches: list[torch.Tensor]) -> None:
     """Squared gradients of values by finite differences of the whole model, through the value projection's bias."""
-    from transformers import AttentionInterface  # noqa: F401 - the capture goes through it
-
     generator = torch.Generator().manual_seed(3)
     found = collect(
         model, batches[:1], {0: None, 1: None, 2: None}, kv_heads=2, kept=0, vectors=10**6, gradient_batches=1,
