@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,7 +208,7 @@ def _built() -> str | None:
             if (folder / _DONE).is_file():
                 torch.ops.load_library(folder / f"{name}.so")  # type: ignore[no-untyped-call]
                 return None
-            if not cpp_extension.is_ninja_available():
+            if not _ninja_found():
                 return "ninja is not installed"
             # torch's own lock outlives a process that was killed, and the next would wait for it for ever.
             (folder / "lock").unlink(missing_ok=True)
@@ -224,6 +225,16 @@ def _built() -> str | None:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
         return f"building it failed: {lines[0].strip() if lines else type(error).__name__}"
     return None
+
+
+def _ninja_found() -> bool:
+    """Say whether torch will find ninja; a virtual environment's own counts, activated or not."""
+    from torch.utils import cpp_extension
+
+    own = str(Path(sys.executable).parent)
+    if not cpp_extension.is_ninja_available() and (Path(own) / "ninja").is_file():
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), own])
+    return bool(cpp_extension.is_ninja_available())
 
 
 def _digest() -> str:

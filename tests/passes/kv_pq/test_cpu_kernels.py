@@ -21,7 +21,7 @@ from passes.kv_pq.codebooks import LayerCodebooks
 from passes.kv_pq.quantizer import VectorQuantizer
 from tests.passes.kv_pq import random_codebooks as made
 
-if shutil.which("g++") is None or shutil.which("ninja") is None:
+if shutil.which("g++") is None or not cpu_kernels._ninja_found():
     pytest.skip("needs g++ and ninja", allow_module_level=True)
 
 
@@ -201,6 +201,8 @@ def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
     ninja = shutil.which("ninja")
     assert ninja is not None
     code = (
+        "import sys\n"
+        f"sys.executable = {str(tmp_path / 'python')!r}\n"
         "from passes.kv_pq import cpu_kernels\n"
         "print(cpu_kernels.available())\n"
         "try:\n    cpu_kernels._require()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
