@@ -27,8 +27,8 @@ def train_centroids(
     """Return centroids that minimize the weighted squared error.
 
     Centroids start on vectors drawn in proportion to the weighted square of their length (the first step of k-means++,
-    Arthur and Vassilvitskii 2007, for all at once). A centroid that no vector chooses goes to a vector whose error is
-    among the largest.
+    Arthur and Vassilvitskii 2007, for all at once), those of a single channel where the best scalar quantizer has its
+    levels. A centroid that no vector chooses goes to a vector whose error is among the largest.
 
     Parameters
     ----------
@@ -108,7 +108,20 @@ def _drawn(
     # Gumbel's trick draws without replacement for all parts at once.
     noise = torch.rand(chance.shape, generator=generator).to(y.device).clamp_min(1e-20).log().neg()
     rows = (noise / chance.clamp_min(1e-30)).topk(CENTROIDS, dim=1, largest=False).indices
-    return _rows(y, rows, part)
+    sizes = torch.zeros_like(part).scatter_add_(1, part, torch.ones_like(part)).gather(1, part)
+    return torch.where((sizes == 1)[:, None], _spread(y), _rows(y, rows, part))
+
+
+def _spread(y: torch.Tensor) -> torch.Tensor:
+    """Return 256 levels of each channel, as dense as the cube root of its density: (H, N, D) to (H, 256, D).
+
+    That is the best density for many levels (Panter and Dite, 1951). With gaps g between sorted values the density is
+    about 1 / (N g), so its integral's cube root adds g^(2/3) a gap.
+    """
+    ordered = y.sort(1).values.transpose(1, 2).contiguous()
+    reached = (ordered[..., 1:] - ordered[..., :-1]).clamp_min(0).pow(2 / 3).cumsum(-1)
+    wanted = (torch.arange(CENTROIDS, device=y.device) + 0.5) / CENTROIDS * reached[..., -1:]
+    return ordered.gather(-1, torch.searchsorted(reached, wanted)).transpose(1, 2)
 
 
 def _worst(y: torch.Tensor, error: torch.Tensor, part: torch.Tensor, sample_weight: torch.Tensor) -> torch.Tensor:

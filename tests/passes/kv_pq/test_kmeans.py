@@ -38,7 +38,7 @@ def test_one_channel_of_a_gaussian_reaches_the_known_distortion() -> None:
     quantizer = VectorQuantizer(trained(y, part), part, torch.ones(1, 1), torch.zeros(1, 1))
     fresh = torch.randn(1, 1, 60_000, 1, generator=torch.Generator().manual_seed(3))
     lost = (quantizer.decode(quantizer.encode(fresh), torch.float32) - fresh).square().mean()
-    assert 4.0e-5 < float(lost) < 2.5e-4  # Lloyd's rounds end in a local optimum
+    assert 4.0e-5 < float(lost) < 6.0e-5
 
 
 def test_centroids_are_the_weighted_means_of_their_vectors() -> None:
