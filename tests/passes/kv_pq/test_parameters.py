@@ -62,5 +62,5 @@ def test_codes_are_whole() -> None:
 def test_bits_that_are_less_than_one_code_are_refused() -> None:
     model = meta_model(CONFIGS["llama"](), torch.float32)  # heads of 8 channels
     KVPQPass.from_mapping({"bits": 2}).check(model)
-    with pytest.raises(PassError, match="bits=1 is 1 codes for a vector of head_dim 8, .* at least 2; give bits=2 or"):
+    with pytest.raises(PassError, match="bits=1 is 1 codes a vector of head_dim 8, .* at least 2; give bits=2 or"):
         KVPQPass.from_mapping({"bits": 1}).check(model)
