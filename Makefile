@@ -26,7 +26,7 @@ $(VENV)/.test: $(VENV)/.quantize
 demo: $(VENV)/.quantize
 	mkdir -p demo
 	$(BIN)/effcli profile smollm2-135m -o demo/profile.json -o demo/profile.html
-	$(BIN)/effcli plan smollm2-135m --profile demo/profile.json -o demo/plan.html
+	$(BIN)/effcli plan smollm2-135m --profile demo/profile.json --pass quantize:scheme=w4a16 -o demo/plan.html
 	$(BIN)/effcli optimize smollm2-135m --profile demo/profile.json --pass quantize:scheme=w4a16 -o demo/out --force
 	@echo "Checkpoint: $(CURDIR)/demo/out"
 	@echo "Open $(CURDIR)/demo/out/report.html in a browser."
