@@ -28,7 +28,7 @@ from passes.kv_pq.codebooks import KINDS, Codebooks, LayerCodebooks
 from passes.kv_pq.collect import Side, collect
 from passes.kv_pq.kmeans import train_centroids
 from passes.kv_pq.parameters import KVPQParameters
-from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer, _nearest
+from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer, nearest
 from passes.kv_pq.rope import Rope, find_ropes
 from profilers.base import Progress, SilentProgress
 
@@ -113,7 +113,7 @@ def train(
         gradient_batches=backward, generator=generator, progress=shown,
     )  # fmt: skip
     collected = time.perf_counter()
-    budget = int(parameters.budget_bits * found.shape.head_dim / 8 + 1e-9)
+    budget = parameters.codes(found.shape.head_dim)
     if not parameters.per_head:
         samples = _pooled(samples, generator)
     keys = [(layer, kind) for layer in samples for kind in KINDS]
@@ -192,7 +192,7 @@ def _prepare(side: Side, rope: Rope | None, parameters: KVPQParameters, budget: 
     if parameters.gains:
         size = ((y.square() * weight[:, None]).sum(-1) / weight.sum(-1, keepdim=True)).sqrt()
         gains = _levels(size)
-        y = y / gains.gather(1, _nearest(size, gains))[..., None]
+        y = y / gains.gather(1, nearest(size, gains))[..., None]
         sample_weight = size.square()
     z = y * weight.sqrt()[:, None]
     covariances = (z * sample_weight[..., None]).transpose(1, 2) @ z / count

@@ -16,7 +16,7 @@ import torch
 from passes.base import PassError
 from passes.kv_pq.by_identity import by_identity
 from passes.kv_pq.codebooks import LayerCodebooks
-from passes.kv_pq.quantizer import VectorQuantizer, _nearest
+from passes.kv_pq.quantizer import VectorQuantizer, nearest
 from passes.kv_pq.rope import Rope
 
 BLOCK = 64
@@ -219,7 +219,7 @@ def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
     out = torch.empty(heads, count, quantizer.codes, dtype=torch.uint8, device=x.device)
     if quantizer.gains is not None:
         energy = (y.square() * quantizer.weight[:, None, :]).sum(-1) / quantizer.weight.sum(-1, keepdim=True)
-        chosen = _nearest(energy.sqrt(), quantizer.gains)
+        chosen = nearest(energy.sqrt(), quantizer.gains)
         y = y / quantizer.gains.gather(1, chosen)[..., None]
         out[..., -1] = chosen.to(torch.uint8)
     columns, table, norm = _encoder_tables(quantizer)

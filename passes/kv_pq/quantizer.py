@@ -114,7 +114,7 @@ class VectorQuantizer:
         out = torch.empty(heads, batch * length, self.codes, dtype=torch.uint8, device=x.device)
         if self.gains is not None:
             energy = (y.square() * self.weight[:, None, :]).sum(-1) / self.weight.sum(-1, keepdim=True)
-            chosen = _nearest(energy.sqrt(), self.gains)
+            chosen = nearest(energy.sqrt(), self.gains)
             y = y / self.gains.gather(1, chosen)[..., None]
             out[..., -1] = chosen.to(torch.uint8)
         columns, table, length2 = self._by_part()
@@ -166,7 +166,7 @@ class VectorQuantizer:
         return columns, table * weights, (table.square() * weights).sum(2)
 
 
-def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+def nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Return the index of the nearest of ascending levels (H, L) for values (H, N)."""
     import torch
 

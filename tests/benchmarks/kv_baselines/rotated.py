@@ -17,6 +17,7 @@ import math
 
 import torch
 
+from passes.kv_pq.layout import hadamard
 from tests.benchmarks.kv_baselines.base import SCALE_BITS, Baseline
 from tests.benchmarks.kv_baselines.kmeans import assign, kmeans
 
@@ -56,11 +57,8 @@ def random_rotation(dim: int, seed: int = 0) -> torch.Tensor:
     if dim & (dim - 1):
         q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
         return (q * r.diagonal().sign()).float()
-    hadamard = torch.ones(1, 1)
-    while hadamard.shape[0] < dim:
-        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     signs = torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1
-    return signs[:, None] * hadamard / math.sqrt(dim)
+    return signs[:, None] * hadamard(dim) / math.sqrt(dim)
 
 
 class Rotated(Baseline):
