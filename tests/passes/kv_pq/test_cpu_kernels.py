@@ -170,7 +170,7 @@ def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
 def test_encoding_takes_any_strides_and_types() -> None:
     side = made.quantizer(3, 32, 16, steps=None)
     x = torch.randn(2, 10, 3, 32, dtype=torch.bfloat16).transpose(1, 2)
-    torch.testing.assert_close(cpu_kernels.encode(x, side), side.encode(x), rtol=0, atol=0)
+    assert excess(x, side, cpu_kernels.encode(x, side)) < 1e-5  # ties within rounding may go either way
     assert cpu_kernels.encode(x[:, :, :0], side).shape == (2, 3, 0, 16)
 
 
