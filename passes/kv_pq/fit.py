@@ -32,7 +32,7 @@ from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer, nearest
 from passes.kv_pq.rope import Rope, find_ropes
 from profilers.base import Progress, SilentProgress
 
-VECTORS = 4096
+VECTORS = 16384
 """Of each head that k-means sees, at most."""
 GRADIENT_TOKENS = 2048
 """Of text that is run backwards."""

@@ -13,6 +13,11 @@ from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer
 
 STALL = 2e-6
 """Gain of a round, as a share of what the vectors hold, below which the search ends."""
+COARSE_VECTORS = 4096
+"""Of each head that the first rounds see, at most: enough to find where centroids belong."""
+FINE_ROUNDS = 3
+"""Over all vectors, which then only have to move centroids a little: fewer vectors would leave them where chance put
+those, and text that was not seen pays for that."""
 
 
 def train_centroids(
@@ -41,7 +46,7 @@ def train_centroids(
     sample_weight : torch.Tensor
         Shape (H, N): of vectors.
     iterations : int
-        Rounds at most.
+        Rounds at most over a sample of the vectors, and where there are more, ``FINE_ROUNDS`` at most over all.
     generator : torch.Generator
         Of the CPU.
 
@@ -52,8 +57,27 @@ def train_centroids(
     rounds : int
         Done.
     """
-    heads, count, dim = y.shape
-    centroids = _drawn(y, part, weight, sample_weight, generator)
+    step = -(-y.shape[1] // COARSE_VECTORS)
+    coarse, coarse_weight = y[:, ::step], sample_weight[:, ::step]
+    centroids = _spread_singles(_drawn(coarse, part, weight, coarse_weight, generator), coarse, part)
+    centroids, done = _lloyd(centroids, coarse, part, weight, coarse_weight, iterations)
+    if step > 1:
+        centroids = _spread_singles(centroids, y, part)
+        centroids, more = _lloyd(centroids, y, part, weight, sample_weight, min(iterations, FINE_ROUNDS))
+        done += more
+    return centroids, done
+
+
+def _lloyd(
+    centroids: torch.Tensor,
+    y: torch.Tensor,
+    part: torch.Tensor,
+    weight: torch.Tensor,
+    sample_weight: torch.Tensor,
+    iterations: int,
+) -> tuple[torch.Tensor, int]:
+    """Return centroids after so many rounds at most, and the rounds done."""
+    heads, count, _ = y.shape
     of_vector = part[:, None, :].expand(-1, count, -1)
     of_centroid = part[:, None, :].expand(-1, CENTROIDS, -1)
     blank = torch.zeros_like(weight)
@@ -108,20 +132,24 @@ def _drawn(
     # Gumbel's trick draws without replacement for all parts at once.
     noise = torch.rand(chance.shape, generator=generator).to(y.device).clamp_min(1e-20).log().neg()
     rows = (noise / chance.clamp_min(1e-30)).topk(CENTROIDS, dim=1, largest=False).indices
-    sizes = torch.zeros_like(part).scatter_add_(1, part, torch.ones_like(part)).gather(1, part)
-    return torch.where((sizes == 1)[:, None], _spread(y), _rows(y, rows, part))
+    return _rows(y, rows, part)
 
 
-def _spread(y: torch.Tensor) -> torch.Tensor:
-    """Return 256 levels of each channel, as dense as the cube root of its density: (H, N, D) to (H, 256, D).
+def _spread_singles(centroids: torch.Tensor, y: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Return centroids in which those of parts of one channel are spread as dense as the cube root of its density.
 
     That is the best density for many levels (Panter and Dite, 1951). With gaps g between sorted values the density is
     about 1 / (N g), so its integral's cube root adds g^(2/3) a gap.
     """
-    ordered = y.sort(1).values.transpose(1, 2).contiguous()
-    reached = (ordered[..., 1:] - ordered[..., :-1]).clamp_min(0).pow(2 / 3).cumsum(-1)
-    wanted = (torch.arange(CENTROIDS, device=y.device) + 0.5) / CENTROIDS * reached[..., -1:]
-    return ordered.gather(-1, torch.searchsorted(reached, wanted)).transpose(1, 2)
+    sizes = torch.zeros_like(part).scatter_add_(1, part, torch.ones_like(part)).gather(1, part)
+    head, channel = (sizes == 1).nonzero(as_tuple=True)
+    if not head.numel():
+        return centroids
+    ordered = y[head, :, channel].sort(-1).values
+    reached = (ordered[:, 1:] - ordered[:, :-1]).clamp_min(0).pow(2 / 3).cumsum(-1)
+    wanted = (torch.arange(CENTROIDS, device=y.device) + 0.5) / CENTROIDS * reached[:, -1:]
+    levels = ordered.gather(-1, torch.searchsorted(reached, wanted))
+    return centroids.index_put((head[:, None], torch.arange(CENTROIDS, device=y.device), channel[:, None]), levels)
 
 
 def _worst(y: torch.Tensor, error: torch.Tensor, part: torch.Tensor, sample_weight: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class KVPQParameters(PassParameters):
     )
     kept: int = Field(default=4, ge=0, description="First tokens of each sequence that stay in full precision.")
     recent: int = Field(default=128, ge=1, description="Latest tokens that stay in full precision, at most.")
-    samples: int = Field(default=16, ge=1, description="Calibration windows.")
+    samples: int = Field(default=32, ge=1, description="Calibration windows.")
     length: int = Field(default=512, ge=16, description="Tokens of one calibration window.")
     per_head: bool = Field(
         default=True,

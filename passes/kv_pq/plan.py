@@ -233,6 +233,7 @@ def _cost(
     """Return seconds and bytes that training the codebooks takes."""
     from passes.calibration_text import BATCH_TOKENS
     from passes.kv_pq.fit import GRADIENT_TOKENS, VECTORS
+    from passes.kv_pq.kmeans import COARSE_VECTORS, FINE_ROUNDS
 
     tokens = parameters.samples * parameters.length
     seen = min(tokens, VECTORS)
@@ -243,7 +244,8 @@ def _cost(
     if forward_rate is not None and assign_rate is not None:
         # A backward pass to keys and values costs about a forward one: no gradients of weights are made.
         passes = 2.0 * _parameters(profile) * (tokens + backward) / (FORWARD_EFFICIENCY * forward_rate)
-        rounds = parameters.iterations * _assign_flops(found, seen) / (ASSIGN_EFFICIENCY * assign_rate)
+        assigned = parameters.iterations * min(seen, COARSE_VECTORS) + FINE_ROUNDS * seen * (seen > COARSE_VECTORS)
+        rounds = _assign_flops(found, assigned) / (ASSIGN_EFFICIENCY * assign_rate)
         seconds = passes + rounds
         notes.append(
             f"pass time: {passes:.3g} s of running {tokens:,} tokens forwards and {backward:,} backwards, "
