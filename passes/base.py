@@ -321,6 +321,8 @@ class Pass(ABC):
         Safetensors files that :meth:`save` puts beside the weights; any other fails the audit.
     extra : str or None
         The optional dependency that it needs, ``pip install 'effcli[EXTRA]'``.
+    gentler : str or None
+        Parameters that cost less quality, as ``--pass`` takes them, advised where a result lost too much.
     """
 
     name: ClassVar[str]
@@ -333,6 +335,7 @@ class Pass(ABC):
     excludes: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    gentler: ClassVar[str | None] = None
 
     def __init__(self, parameters: PassParameters) -> None:
         self.parameters = parameters

@@ -92,12 +92,14 @@ class AttentionCall:
     def probabilities(self, queries: slice, keys: slice) -> torch.Tensor:
         """Return the block ``A[queries, keys]`` of attention weights, shape (B, H, queries, keys), float32.
 
-        The caller bounds the block. Weights on the visible keys sum to 1 unless the model has a learned sink.
+        The caller bounds the block. Weights on the visible keys sum to 1 unless the model has a learned sink; a query
+        that sees no key has zeros.
         """
         scores = attention_scores(
             self.query, self.key, self.mask, self.is_causal, self.scale, self.softcap, queries=queries, keys=keys
         )
-        return torch.exp(scores - self.log_sum_exp[:, :, queries, None])
+        seen = self.log_sum_exp[:, :, queries, None]
+        return torch.exp(scores - seen.masked_fill(seen == -torch.inf, 0.0))
 
     def first_key_probabilities(self) -> torch.Tensor:
         """Return ``A[i, 1]`` for every query i: shape (B, H, T), float32. One dot product a query."""

@@ -51,9 +51,9 @@ def attention_with_lse(
     Returns
     -------
     output : torch.Tensor
-        Shape (B, H, T, dv), the query's dtype.
+        Shape (B, H, T, dv), the query's dtype; 0 for a query that sees no key.
     log_sum_exp : torch.Tensor
-        Shape (B, H, T), float32.
+        Shape (B, H, T), float32; -inf for a query that sees no key.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     fused = None
@@ -63,9 +63,13 @@ def attention_with_lse(
         elif query.device.type == "cuda":
             fused = _fused_cuda(query, key, value, mask, is_causal, scale)
     if fused is None:
-        fused = _blockwise(query, key, value, mask, is_causal, scale, softcap)
+        output, log_sum_exp = _blockwise(query, key, value, mask, is_causal, scale, softcap)
+        return output, log_sum_exp.detach()
     output, log_sum_exp = fused
-    return output, log_sum_exp.detach().float()
+    log_sum_exp = log_sum_exp.detach().float()
+    if mask is not None:  # the CPU's kernel says 0 for a query that sees nothing
+        log_sum_exp = log_sum_exp.masked_fill(~_any_seen(mask), -torch.inf)
+    return output, log_sum_exp
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -73,6 +77,11 @@ def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
     return mask
+
+
+def _any_seen(mask: torch.Tensor) -> torch.Tensor:
+    """Return which queries see a key: the mask's shape without its last dimension."""
+    return mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) > -torch.inf
 
 
 def _pad_heads(tensor: torch.Tensor, size: int) -> torch.Tensor:
@@ -195,7 +204,7 @@ def attention_scores(
     if mask is not None:
         part = mask[..., queries, :] if mask.shape[-2] > 1 else mask
         part = part[..., keys] if mask.shape[-1] > 1 else part
-        scores = scores + additive_mask(part, torch.float32)
+        scores = scores + additive_mask(part, torch.float32).float()
     if is_causal:
         first_q, first_k = queries.start or 0, keys.start or 0
         positions = torch.arange(max(rows, columns), device=scores.device)

@@ -161,20 +161,17 @@ class PhaseTimings:
         prefills: list[float] = []
         decodes: list[float] = []
         with out_of_memory_as_error(batch, context, device), track_peak_memory(device) as peak:
-            run = first_token(model, ids)  # warms up
-            while not PREFILL_REPEATS.enough(prefills):
-                del run  # its cache is gone before the next one is made
-                elapsed, run = self._timed(functools.partial(first_token, model, ids))
-                prefills.append(elapsed)
-            if held < context:
-                del run
-                run = first_token(model, ids[:, :held])
+            run = first_token(model, ids[:, :held])  # warms up, and decoding goes on from it
             for step in range(steps):
                 elapsed, run = self._timed(functools.partial(next_token, model, *run))
                 if step >= DECODE_WARM_UP:
                     decodes.append(elapsed)
                 if DECODE_REPEATS.enough(decodes):
                     break
+            while not PREFILL_REPEATS.enough(prefills):
+                del run  # its cache is gone before the next one is made
+                elapsed, run = self._timed(functools.partial(first_token, model, ids))
+                prefills.append(elapsed)
             del run
         first = held + DECODE_WARM_UP
         return PhaseTiming(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
@@ -13,12 +15,14 @@ from effcli.reports.sections.change import change_span, figure, signed_percent, 
 from effcli.reports.sections.run import gates
 from effcli.reports.sections.written import source_sentence
 
+if TYPE_CHECKING:
+    from passes.base import Pass
+
 NOTABLE_LOSS = 1.10
 """Perplexity ratio from which a gentler recipe is named before serving is."""
 HEAVY_LOSS = 2.0
 """Perplexity ratio from which the result is called unusable."""
 NOTABLE_MEMORY = 0.05
-CACHE_PASS = "kv-pq"
 
 
 def optimize_verdict(report: Report) -> tuple[str, str, str]:
@@ -148,15 +152,28 @@ def following(report: Report, found: dict[str, Change]) -> str:
 
 def _gentler(report: Report) -> str:
     names = pass_names(report)
-    offers = ["scheme=w8a16, or scheme=auto,bits=5"] if names - {CACHE_PASS} or not names else []
-    offers += [f"{CACHE_PASS}:bits=8"] if CACHE_PASS in names else []
-    groups = " or smaller groups" if names != {CACHE_PASS} else ""
-    return f"try more bits ({'; '.join(offers)}){groups}"
+    declared = {name: found.gentler for name, found in _known(report).items() if found.gentler}
+    weights = not names or not names <= set(declared)
+    offers = ["scheme=w8a16, or scheme=auto,bits=5"] if weights else []
+    offers += [f"{name}:{parameters}" for name, parameters in declared.items()]
+    return f"try more bits ({'; '.join(offers)}){' or smaller groups' if weights else ''}"
 
 
 def pass_names(report: Report) -> set[str]:
     """Return the names of the passes that ran."""
     return {str(record.get("name")) for record in items(report, "passes") if isinstance(record, dict)}
+
+
+def _known(report: Report) -> dict[str, type[Pass]]:
+    """Return the passes that ran by name; those that are not installed here are left out."""
+    from passes.base import PassError
+    from passes.registry import load
+
+    known = {}
+    for name in sorted(pass_names(report)):
+        with contextlib.suppress(PassError):
+            known[name] = load(name)
+    return known
 
 
 def folder(report: Report) -> str:
@@ -167,7 +184,7 @@ def folder(report: Report) -> str:
 def readers(report: Report) -> Sequence[str]:
     """Return what else reads the checkpoint: a pass that only changes weights writes the portable format."""
     names = pass_names(report)
-    if CACHE_PASS in names:
+    if any("kv-cache" in found.changes for found in _known(report).values()):
         return ("plain transformers, with a cache of its own,",)
     return ("plain transformers", "vLLM") if names == {"quantize"} else ("plain transformers",)
 

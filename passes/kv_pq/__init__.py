@@ -52,6 +52,7 @@ class KVPQPass(Pass):
     changes = frozenset({"kv-cache"})
     excludes = ("kv-pq",)
     files = (FILE,)
+    gentler = "bits=8"
 
     parameters: KVPQParameters
 

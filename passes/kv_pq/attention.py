@@ -143,24 +143,14 @@ def attend_layer(
         seen = None if given is None else given[..., : layer.coded]
         parts.append(attend(query, *codes, layer.codebooks, mask=seen, **history))
     if keys.shape[2]:
-        parts.append(_attend_exact(query, keys, values, visible, scale=scale, softcap=softcap))
+        parts.append(attention_with_lse(query, keys, values, mask=visible, scale=scale, softcap=softcap))
     if layer.waiting is not None:
         keys, values = layer.waiting
         new = None if mask is None else mask[..., layer.past :]
         square = causal and new is None and queries > 1
-        parts.append(_attend_exact(query, keys, values, new, is_causal=square, scale=scale, softcap=softcap))
+        part = attention_with_lse(query, keys, values, mask=new, is_causal=square, scale=scale, softcap=softcap)
+        parts.append(part)
     return parts
-
-
-def _attend_exact(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, **options: Any
-) -> Part:
-    """Attend in full precision; a query that sees nothing has a log-sum-exp of -inf, which not all kernels say."""
-    output, lse = attention_with_lse(query, keys, values, mask=mask, **options)
-    if mask is not None:
-        seen = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1)
-        lse = lse.masked_fill(~seen, -torch.inf)
-    return output, lse
 
 
 def merge(parts: list[Part]) -> Part:

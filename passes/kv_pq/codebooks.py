@@ -39,13 +39,25 @@ class ModelShape:
     def of(cls, config: PreTrainedConfig) -> ModelShape:
         """Return the shape of a model's text decoder."""
         text = config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
         return cls(
             model_type=text.model_type,
             layers=text.num_hidden_layers,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            kv_heads=_cached_heads(text),
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         )
+
+
+def _cached_heads(text: PreTrainedConfig) -> int:
+    """Return how many heads of keys a layer caches.
+
+    Falcon says by two switches whether all query heads share one, and repeats those that fewer share before it caches
+    them: its ``num_kv_heads`` is not what is cached.
+    """
+    named = getattr(text, "num_key_value_heads", None)
+    if named:
+        return int(named)
+    shared = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
+    return 1 if shared else int(text.num_attention_heads)
 
 
 @dataclass(frozen=True)

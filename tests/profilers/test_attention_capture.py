@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Gemma2Config
 
-from profilers.attention_capture import decoder_layers, observe_attention
+from profilers.attention_capture import AttentionCall, decoder_layers, observe_attention
+from profilers.attention_kernels import attention_with_lse
 from profilers.base import ProfilerError
 from tests import tiny_models
 from tests.profilers.tensor_sizes import LargestTensor
@@ -247,3 +248,15 @@ def test_the_square_matrix_is_never_formed():
 def test_decoder_layers(name, prefix, count):
     found, layers = decoder_layers(tiny_models.build(name))
     assert (found, len(layers)) == (prefix, count)
+
+
+def test_a_query_that_sees_no_key_has_no_weights():
+    query, key, value = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    mask[..., 2, :] = False
+    _, lse = attention_with_lse(query, key, value, mask=mask)
+    call = AttentionCall(0, "attention", query, key, value, mask, False, 8**-0.5, None, lse, False)
+    sums = call.probabilities(slice(0, 6), slice(0, 6)).sum(-1)
+    expected = torch.ones(1, 2, 6)
+    expected[..., 2] = 0
+    torch.testing.assert_close(sums, expected)

@@ -91,9 +91,24 @@ def test_softcap_is_computed_in_bounded_blocks(monkeypatch, elements):
         assert (33, 33) not in largest.tails
 
 
-def test_query_that_sees_nothing_gets_zero_output():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["fused", "blockwise"])
+@pytest.mark.parametrize("masking", ["bool", "additive", "by row", "by head"])
+def test_query_that_sees_nothing_gets_zero_output_and_no_sum(masking, softcap, dtype):
+    query, key, value = tensors(dtype=dtype, kv_heads=2)
+    mask = window_mask().repeat(2 if masking == "by row" else 1, 4 if masking == "by head" else 1, 1, 1)
+    mask[-1, -1, 4] = False
+    blind = torch.zeros(2, 4, 33, dtype=torch.bool)
+    blind[1 if masking == "by row" else slice(None), 3 if masking == "by head" else slice(None), 4] = True
+    given = attention_kernels.additive_mask(mask, dtype) if masking == "additive" else mask
+    output, lse = attention_with_lse(query, key, value, mask=given, softcap=softcap)
+    assert torch.equal(lse == -math.inf, blind)
+    assert (output[blind] == 0).all() and (output[~blind] != 0).any(-1).all()
+    _, expected, _ = reference(query, key, value, mask=mask, softcap=softcap)
+    torch.testing.assert_close(lse.double(), expected, atol=1e-5 if dtype != torch.bfloat16 else 1e-3, rtol=0)
+
+
+def test_a_batch_of_which_no_query_sees_anything():
     query, key, value = tensors()
-    mask = window_mask()
-    mask[..., 4, :] = False
-    output, lse = attention_with_lse(query, key, value, mask=mask, softcap=5.0)
-    assert torch.all(output[:, :, 4] == 0) and torch.all(lse[:, :, 4] == -math.inf)
+    output, lse = attention_with_lse(query, key, value, mask=torch.zeros(1, 1, 1, 33, dtype=torch.bool))
+    assert (output == 0).all() and (lse == -math.inf).all() and lse.shape == query.shape[:3]

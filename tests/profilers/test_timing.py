@@ -86,7 +86,7 @@ def test_what_is_timed_is_exactly_prefill_and_steps(quick, monkeypatch):
     measured = PhaseTimings(build("llama"), clock=clock).measure(1, 8)
     assert measured.prefill == Distribution(3.0, 3.0, 3.0, 3.0, 3.0, 0.0, 2)
     assert measured.decode == Distribution(0.25, 0.25, 0.25, 0.25, 0.25, 0.0, 3)
-    assert calls == ["prefill"] * 3 + ["step"] * 5  # one and two of them warm up
+    assert calls == ["prefill"] + ["step"] * 5 + ["prefill"] * 2  # one prefill and two steps warm up
 
 
 def test_a_point_is_measured_once(quick):
@@ -126,9 +126,18 @@ def test_steps_end_at_the_last_position():
         decode_room(config, 3, 66)
 
 
-def test_context_at_the_limit_is_measured(quick):
-    model = build("gpt2")
-    measured = PhaseTimings(model).measure(1, 1024)
+def test_context_at_the_limit_is_measured(quick, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(
+        timing, "first_token", lambda model, ids: lengths.append(ids.shape[1]) or first_token(model, ids)
+    )
+    measured = PhaseTimings(build("gpt2")).measure(1, 1024)
+    assert measured.decode_context == (1021, 1023)
+    assert lengths == [1019, 1024, 1024]  # none but the timed ones is of the whole context
+
+
+def test_context_next_to_the_limit_is_measured(quick):
+    measured = PhaseTimings(build("gpt2")).measure(1, 1023)
     assert measured.decode_context == (1021, 1023)
 
 

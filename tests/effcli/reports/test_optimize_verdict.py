@@ -213,6 +213,23 @@ def test_more_bits_are_advised_of_the_pass_that_ran() -> None:
     assert "scheme" not in following
 
 
+def test_what_a_pass_changes_is_asked_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CachePass:
+        changes = frozenset({"kv-cache"})
+        gentler: str | None = "rank=64"
+
+    report = replace(smaller_cache(), quality=optimize_samples.quality(17.05, (1.09, 1.15)))
+    report = replace(report, passes=(replace(report.passes[0], name="low-rank-cache"),))
+    following = lines(report)[2]  # no pass of this name is installed here
+    assert "try more bits (scheme=w8a16" in following and "of its own" not in following
+    monkeypatch.setattr("passes.registry.load", lambda name: CachePass)
+    following = lines(report)[2]
+    assert "try more bits (low-rank-cache:rank=64)" in following
+    assert "plain transformers, with a cache of its own, reads the same folder" in following
+    CachePass.gentler = None
+    assert "try more bits (scheme=w8a16" in lines(report)[2]
+
+
 def test_a_plan_says_what_becomes_of_the_cache_and_not_of_weights_that_stay() -> None:
     planned = optimize_samples.planned
     figures = replace(BEFORE, kv_bytes_per_token=6120.0, tpot_seconds=BEFORE.tpot_seconds / 2)  # type: ignore[operator]
