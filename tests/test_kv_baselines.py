@@ -316,10 +316,24 @@ def test_the_rotation_makes_outlier_channels_gaussian() -> None:
 # --- k-means and MILLION --------------------------------------------------------------------------------------------
 
 
-def test_assignment_is_the_nearest_by_brute_force() -> None:
-    x, centroids = random(3, 500, 4, seed=1), random(3, 37, 4, seed=2)
-    distance = (x[:, :, None].double() - centroids[:, None].double()).square().sum(-1)
-    assert torch.equal(assign(x, centroids), distance.argmin(-1))
+@pytest.mark.parametrize(("dim", "centroids"), [(4, 37), (2, 256), (4, 1024), (1, 256), (3, 300)])
+def test_assignment_is_the_nearest_by_brute_force(dim: int, centroids: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.benchmarks.kv_baselines.kmeans.BLOCK_CANDIDATES", 3 * 190)  # blocks of unequal size
+    x, book = random(3, 500, dim, seed=1), random(3, centroids, dim, seed=2)
+    distance = (x[:, :, None].double() - book[:, None].double()).square().sum(-1)
+    for points, expected in ((x, distance.argmin(-1)), (x[:, :1], distance[:, :1].argmin(-1))):
+        found = assign(points, book)
+        assert found.dtype == torch.int64
+        # within float32 rounding: two centroids may be as near as each other
+        least, got = (distance[:, : points.shape[1]].gather(2, index[..., None]) for index in (expected, found))
+        assert (got - least).max() < 1e-5 and (found == expected).float().mean() > 0.999
+
+
+def test_assignment_in_torch_and_in_the_operator_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, centroids = random(3, 300, 4, seed=3), random(3, 512, 4, seed=4)
+    found = assign(x, centroids)
+    monkeypatch.setattr("tests.benchmarks.kv_baselines.kmeans.cpu_kernels.available", lambda: "none here")
+    assert (assign(x, centroids) == found).float().mean() > 0.999
 
 
 def test_kmeans_finds_separate_clusters_and_leaves_no_centroid_empty() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.benchmarks import bench_kv_decode, bench_kv_quality
 from tests.benchmarks.bench_kv_quality import Row
+from tests.benchmarks.kv_baselines.architectures import ARCHITECTURES, mha, sliding
 from tests.benchmarks.kv_baselines.kv_pq import through_cache
 from tests.passes.kv_pq.small import random_codebooks
+from tests.tiny_models import build
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_codebooks_are_measured_alike_with_and_without_the_real_cache(
     assert bench_kv_quality.main() > 0
     found = printed(capsys.readouterr().out)
     all_coded, real = (row for row in found if str(row.get("method", "")).startswith("kv-pq"))
-    assert all_coded["effective_bits"] == real["effective_bits"] == 8 * 3 / 8
+    assert all_coded["effective_bits"] == real["effective_bits"] == 8 * (3 + 2) / 16
     assert 0 < real["kl"] < 1.5 * all_coded["kl"]
     *_, rivals = found
     assert rivals["rivals"] == 0 and not rivals["reached"]  # beating nobody is not a win
@@ -93,6 +96,63 @@ def test_a_window_goes_through_a_real_cache_chunk_by_chunk(tiny_folder: Path) ->
     assert torch.equal(plain, again)
     assert 0 < (found - plain).abs().max() < 0.05 * plain.abs().max()  # grids of 256 levels a channel
     assert (found - plain)[:, :16].abs().max() < 1e-5  # the first chunk saw nothing but itself
+
+
+def test_a_head_for_every_query_head_is_the_same_function() -> None:
+    model = build("llama", dtype=torch.float64)
+    made = mha(model)
+    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        plain, found = model(ids), made(ids)
+    assert torch.allclose(plain.logits, found.logits, rtol=0, atol=1e-12 * plain.logits.abs().max().item())
+    for before, after in zip(plain.past_key_values.layers, found.past_key_values.layers, strict=True):
+        assert before.keys.shape[1] == 2 and after.keys.shape[1] == 4
+        assert torch.allclose(before.keys.repeat_interleave(2, 1), after.keys, rtol=0, atol=1e-12)
+        assert torch.allclose(before.values.repeat_interleave(2, 1), after.values, rtol=0, atol=1e-12)
+    assert model.config.num_key_value_heads == 2
+
+
+def test_sliding_windows_are_the_same_function_up_to_their_length() -> None:
+    model = build("llama", dtype=torch.float64)
+    made = sliding(model, window=16)
+    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        plain, found = model(ids).logits, made(ids).logits
+    error = (plain - found).abs().amax((0, 2)) / plain.abs().max()
+    assert error[:16].max() < 1e-12  # token 15 is the last that sees token 0 in every layer
+    assert error[16:].min() > 1e-9
+    assert made.config.layer_types == ["sliding_attention", "full_attention"]
+
+
+def test_only_llama_without_biases_takes_another_architecture() -> None:
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM is not LlamaForCausalLM: leave --architecture out"):
+        mha(build("qwen3"))
+    model = build("llama")
+    model.config.attention_bias = True
+    with pytest.raises(ValueError, match="biases"):
+        sliding(model)
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("mha", 2), ("sliding", 1)])
+def test_codebooks_are_trained_and_measured_in_every_architecture(
+    architecture: str,
+    layers: int,
+    tiny_folder: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "sliding", functools.partial(sliding, window=16))
+    arguments = ["--model", tiny_folder, "--text", text, "--calibration", text, "--windows", 2, "--context", 64]
+    arguments += ["--samples", 24, "--length", 64, "--only", "kv-pq", "--bits", 4]
+    arguments += ["--architecture", architecture]
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, arguments)])
+    bench_kv_quality.main()
+    rows = [row for row in printed(capsys.readouterr().out) if row["benchmark"] == "kv_quality"]
+    assert {(row["architecture"], row["layers_quantized"]) for row in rows} == {(architecture, layers)}
+    all_coded, real = (row for row in rows if str(row["method"]).startswith("kv-pq"))
+    assert all_coded["effective_bits"] == real["effective_bits"] and 0 < all_coded["kl"] < 0.1
+    assert 0 <= real["kl"] < 1.5 * all_coded["kl"] + 1e-6
 
 
 def test_the_table_is_drawn_with_rows_that_have_no_measurement() -> None:

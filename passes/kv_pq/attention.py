@@ -191,7 +191,7 @@ def attend(
 
 
 def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
-    """Return the codes (B, H, T, codes) of vectors (B, H, T, D), found by the fastest code that the device has."""
+    """Return the codes (B, T, codes) of vectors (B, H, T, D), found by the fastest code that the device has."""
     found = kernels(x.device)
     codes = quantizer.encode(x) if isinstance(found, str) else found.encode(x, quantizer)
     assert torch.is_tensor(codes)
@@ -239,7 +239,7 @@ def attend_reference(
     query : torch.Tensor
         Shape (B, Hq, Tq, D); Hq is a multiple of H. Every query sees every slot in [start, stop).
     key_codes, value_codes : torch.Tensor
-        Shape (B, H, capacity, codes), uint8.
+        Shape (B, capacity, codes), uint8.
     layer : LayerCodebooks
     start : torch.Tensor
         Shape (B,), int64: first slot of each row.
@@ -262,7 +262,7 @@ def attend_reference(
         Shape (B, Hq, Tq), float32; -inf where nothing is seen.
     """
     batch, heads, new, _ = query.shape
-    kv_heads = key_codes.shape[1]
+    kv_heads = layer.keys.heads
     rows = heads // kv_heads * new
     turned = layer.rope is not None
     q = query.reshape(batch, kv_heads, rows, -1).float() * scale
@@ -279,7 +279,7 @@ def attend_reference(
     for at in range(first, stop, block):
         end = min(at + block, stop)
         slots = torch.arange(at, end, device=query.device)
-        codes = key_codes[:, :, at:end]
+        codes = key_codes[:, at:end]
         if layer.rope is not None:
             keys = layer.rope.rotate(layer.keys.decode(codes, torch.float32), slots - offset[:, None])
         else:
@@ -296,7 +296,7 @@ def attend_reference(
         weights = torch.exp(scores - base)
         shrink = torch.exp(peak - base)
         total = total * shrink + weights.sum(-1, keepdim=True)
-        output = output * shrink + weights @ layer.values.decode_centroids(value_codes[:, :, at:end])
+        output = output * shrink + weights @ layer.values.decode_centroids(value_codes[:, at:end])
         peak = high
     seen = total > 0
     output = output / torch.where(seen, total, 1.0)

@@ -109,7 +109,7 @@ class Codebooks:
     def bits_per_value(self) -> float:
         """Stored bits a channel over keys and values of compressed layers: codes and gains."""
         sides = [side for layer in self.layers.values() for side in (layer.keys, layer.values)]
-        return 8 * sum(side.codes * side.heads for side in sides) / sum(side.heads * side.head_dim for side in sides)
+        return 8 * sum(side.codes for side in sides) / sum(side.heads * side.head_dim for side in sides)
 
     @property
     def bytes(self) -> int:

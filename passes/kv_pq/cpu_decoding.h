@@ -76,9 +76,20 @@ inline void look_up(const uint8_t* table, const uint8_t* codes, Column& first, C
 
 struct Side {  // of keys or of values; see Tables in cpu_kernels.py
   explicit Side(const std::vector<Tensor>& given)
-      : tables(given[0]), entries(given[1]), gain(given[2]), means(given[3]), inverses(given[4]) {
+      : tables(given[0]), entries(given[1]), gain(given[2]), means(given[3]), inverses(given[4]), offsets(given[5]) {
     TORCH_CHECK(tables.is_contiguous() && tables.dim() == 4 && tables.nbytes() == tables.size(0) * count() * kEntry);
     TORCH_CHECK(entries.is_contiguous() && entries.dim() == 3 && entries.scalar_type() == at::kInt);
+    TORCH_CHECK(offsets.is_contiguous() && offsets.numel() == heads() + 1 && offsets.scalar_type() == at::kInt);
+  }
+  int64_t heads() const { return tables.size(0); }
+  int64_t first(int64_t head) const { return offsets.const_data_ptr<int32_t>()[head]; }  // of a token's codes
+  int64_t width(int64_t head) const { return first(head + 1) - first(head); }
+  int64_t widest() const {
+    int64_t most = 0;
+    for (int64_t head = 0; head < heads(); head++) {
+      most = std::max(most, width(head));
+    }
+    return most;
   }
   int64_t count() const { return tables.size(1); }
   const uint8_t* table(int64_t head) const {
@@ -92,17 +103,16 @@ struct Side {  // of keys or of values; see Tables in cpu_kernels.py
   const float* mean(int64_t head) const { return of(means, head); }
   const float* inverse(int64_t head) const { return of(inverses, head); }
 
-  const Tensor tables, entries, gain, means, inverses;
+  const Tensor tables, entries, gain, means, inverses, offsets;
 };
 
 struct Codes {
   explicit Codes(const Tensor& codes) : data(codes.const_data_ptr<uint8_t>()), tensor(codes) {
-    TORCH_CHECK(codes.dim() == 4 && codes.stride(3) == 1, "codes have shape (B, H, T, codes), bytes side by side");
+    TORCH_CHECK(codes.dim() == 3 && codes.stride(2) == 1, "codes have shape (B, T, codes), bytes side by side");
   }
-  const uint8_t* at(int64_t row, int64_t head, int64_t slot) const {
-    return data + row * tensor.stride(0) + head * tensor.stride(1) + slot * tensor.stride(2);
+  const uint8_t* at(int64_t row, int64_t slot) const {
+    return data + row * tensor.stride(0) + slot * tensor.stride(1);
   }
-  int64_t width() const { return tensor.size(3); }
   const uint8_t* data;
   const Tensor tensor;
 };
@@ -154,9 +164,13 @@ inline void transpose(const uint8_t* from, int64_t stride, int64_t width, uint8_
   }
 }
 
-// Centroids of tokens [first, last) of a block into work.vectors, and their gains; the other tokens' are unspecified.
-inline void decode(const Side& side, int64_t head, const uint8_t* codes, int64_t stride, int64_t width, int64_t first,
-            int64_t last, Workspace& work, Column& gain) {
+// Centroids of tokens [first, last) of the block at a slot into work.vectors, and their gains; the other tokens' are
+// unspecified.
+inline void decode(const Side& side, const Codes& all, int64_t batch, int64_t head, int64_t slot, int64_t first,
+                   int64_t last, Workspace& work, Column& gain) {
+  const int64_t width = side.width(head);
+  const uint8_t* codes = all.at(batch, slot) + side.first(head);
+  int64_t stride = all.tensor.stride(1);
   if (first > 0 || last < kBlock) {
     std::fill(work.copy.begin(), work.copy.end(), 0);
     for (int64_t token = first; token < last; token++) {

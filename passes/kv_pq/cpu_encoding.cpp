@@ -88,11 +88,12 @@ void nearest_of_many(const Column* const* channels, int64_t count, const float* 
 }  // namespace
 
 Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const Tensor& first, const Tensor& weight,
-              const Tensor& mean, const Tensor& basis, const Tensor& gains) {
+              const Tensor& mean, const Tensor& basis, const Tensor& gains, const Tensor& offsets) {
   const Tensor given = x.to(at::kFloat);
   const int64_t batch = x.size(0), heads = x.size(1), length = x.size(2), channels = x.size(3);
-  const int64_t parts = first.size(1) - 1, codes = parts + (gains.numel() > 0);
-  Tensor out = at::empty({batch, heads, length, codes}, x.options().dtype(at::kByte));
+  const int32_t* places = offsets.const_data_ptr<int32_t>();
+  const int64_t codes = places[heads];
+  Tensor out = at::empty({batch, length, codes}, x.options().dtype(at::kByte));
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
   const float* from = given.const_data_ptr<float>();
   const int64_t blocks = (length + kBlock - 1) / kBlock;
@@ -117,7 +118,8 @@ Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const 
         multiply(vectors, basis.const_data_ptr<float>() + head * channels * channels, channels, rotated.data());
         vectors = rotated.data();
       }
-      uint8_t* target = to + ((row * heads + head) * length + start) * codes;
+      const int64_t parts = places[head + 1] - places[head] - (gains.numel() > 0);
+      uint8_t* target = to + (row * length + start) * codes + places[head];
       if (gains.numel()) {
         const float* weights = weight.const_data_ptr<float>() + head * channels;
         const float *begin = gains.const_data_ptr<float>() + head * 2 * kCentroids, *middle = begin + kCentroids;
@@ -144,7 +146,7 @@ Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const 
         }
       }
       const int32_t* channel = order.const_data_ptr<int32_t>() + head * channels;
-      const int32_t* bounds = first.const_data_ptr<int32_t>() + head * (parts + 1);
+      const int32_t* bounds = first.const_data_ptr<int32_t>() + head * first.size(1);
       for (int64_t c = 0; c < channels; c++) {
         members[c] = vectors + channel[c];
       }

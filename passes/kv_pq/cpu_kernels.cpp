@@ -22,7 +22,8 @@
 namespace effcli {
 
 Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const Tensor& first, const Tensor& weight,
-              const Tensor& mean, const Tensor& basis, const Tensor& gains);  // cpu_encoding.cpp
+              const Tensor& mean, const Tensor& basis, const Tensor& gains,
+              const Tensor& offsets);  // cpu_encoding.cpp
 
 namespace {
 
@@ -159,7 +160,7 @@ struct Problem {
   // Partial sums over blocks [begin, end) of a sequence; position 0 is at slot `origin`, slots [start, stop) count.
   void attend(int64_t batch, int64_t head, int64_t origin, int64_t start, int64_t stop, int64_t begin, int64_t end,
               const float* queries, const float* bias, float* out, float* maxima, float* totals) const {
-    Workspace work(channels, std::max(key_codes.width(), value_codes.width()));
+    Workspace work(channels, std::max(keys.widest(), values.widest()));
     std::vector<Column> scores(rows);
     std::vector<Float16> sums(rows * channels, Float16{});
     std::vector<Softmax> softmax(rows);
@@ -168,8 +169,7 @@ struct Problem {
     for (int64_t block = begin; block < end; block++) {
       const int64_t slot = origin + block * kBlock;
       const int64_t first = std::max<int64_t>(0, start - slot), last = std::min(kBlock, stop - slot);
-      decode(keys, head, key_codes.at(batch, head, slot), key_codes.tensor.stride(2), key_codes.width(), first, last,
-             work, gain);
+      decode(keys, key_codes, batch, head, slot, first, last, work, gain);
       const float* asked = queries;
       Column* decoded = work.vectors.data();
       const bool gained = keys.gains(head) != nullptr;
@@ -214,8 +214,7 @@ struct Problem {
           }
         }
       }
-      decode(values, head, value_codes.at(batch, head, slot), value_codes.tensor.stride(2), value_codes.width(), first,
-             last, work, gain);
+      decode(values, value_codes, batch, head, slot, first, last, work, gain);
       if (values.gains(head)) {
         for (int64_t row = 0; row < rows; row++) {
           for (int i = 0; i < kVectors; i++) {
@@ -242,11 +241,11 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key_codes, 
                                   const Tensor& start, int64_t stop, const Tensor& offset, double scale,
                                   double softcap) {
   const int64_t batch = query.size(0), query_heads = query.size(1), length = query.size(2), channels = query.size(3);
-  const int64_t heads = key_codes.size(1), group = query_heads / heads, rows = group * length;
+  const int64_t heads = keys[0].size(0), group = query_heads / heads, rows = group * length;
   const Problem problem{Side(keys), Side(values), Rope(rope), Codes(key_codes), Codes(value_codes), rows, channels,
                         static_cast<float>(softcap)};
   TORCH_CHECK(query_heads == group * heads, query_heads, " query heads do not share ", heads, " KV heads evenly");
-  TORCH_CHECK(stop <= key_codes.size(2) && stop <= value_codes.size(2), "stop ", stop, " is past the codes held");
+  TORCH_CHECK(stop <= key_codes.size(1) && stop <= value_codes.size(1), "stop ", stop, " is past the codes held");
   const Tensor asked = query.to(at::kFloat).contiguous();
   const Tensor starts = start.to(at::kLong).contiguous(), offsets = offset.to(at::kLong).contiguous();
   const int64_t *first_slot = starts.const_data_ptr<int64_t>(), *left = offsets.const_data_ptr<int64_t>();
@@ -353,7 +352,7 @@ TORCH_LIBRARY(effcli_kv_pq, library) {
       "Tensor start, int stop, Tensor offset, float scale, float softcap) -> (Tensor, Tensor)");
   library.def(
       "encode(Tensor x, Tensor tables, Tensor order, Tensor first, Tensor weight, Tensor mean, Tensor basis, "
-      "Tensor gains) -> Tensor");
+      "Tensor gains, Tensor offsets) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(effcli_kv_pq, CPU, library) {

@@ -41,13 +41,15 @@ class Tables(NamedTuple):
         Where look-up tables fit registers (AVX-512 VBMI): shape (H, D, 3, 256), uint8, the upper three bytes of each
         float32, lowest first. Elsewhere: shape (H, E, 256, 2), float32, two channels of one part together.
     entries : torch.Tensor
-        Shape (H, E or D, 3), int32: the part's code, its first channel's place, its second's (D if there is none).
+        Shape (H, E or D, 3), int32: the part of its head, its first channel's place, its second's (D if there is none).
     gains : torch.Tensor
         Shape (H, 256), or empty.
     mean : torch.Tensor
         Shape (H, D), or empty if there is none to add.
     inverse : torch.Tensor
         Shape (H, D, D), or empty.
+    offsets : torch.Tensor
+        Shape (H + 1,), int32: where the codes of each head begin among those of a token.
     """
 
     centroids: torch.Tensor
@@ -55,6 +57,7 @@ class Tables(NamedTuple):
     gains: torch.Tensor
     mean: torch.Tensor
     inverse: torch.Tensor
+    offsets: torch.Tensor
 
 
 class EncoderTables(NamedTuple):
@@ -68,13 +71,15 @@ class EncoderTables(NamedTuple):
     order : torch.Tensor
         Shape (H, D), int32: channels sorted by part.
     first : torch.Tensor
-        Shape (H, M + 1), int32: where each part begins in ``order``.
+        Shape (H, M + 1), int32: where each part begins in ``order``; M is the largest of all heads'.
     weight, mean : torch.Tensor
         Shape (H, D).
     basis : torch.Tensor
         Shape (H, D, D), or empty.
     gains : torch.Tensor
         Shape (H, 2, 256), gains and the middles between them, or empty.
+    offsets : torch.Tensor
+        As in :class:`Tables`.
     """
 
     tables: torch.Tensor
@@ -84,6 +89,7 @@ class EncoderTables(NamedTuple):
     mean: torch.Tensor
     basis: torch.Tensor
     gains: torch.Tensor
+    offsets: torch.Tensor
 
 
 class RopeTables(NamedTuple):
@@ -124,7 +130,7 @@ def attend(
     query : torch.Tensor
         Shape (B, Hq, Tq, D), any floating type, with rotary embedding applied.
     key_codes, value_codes : torch.Tensor
-        Shape (B, H, capacity, codes), uint8.
+        Shape (B, capacity, codes), uint8.
     layer : LayerCodebooks
     start : torch.Tensor
         Shape (B,), int64: the first slot that counts; at least ``offset``.
@@ -172,7 +178,7 @@ def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        Shape (B, H, T, codes), uint8.
+        Shape (B, T, codes), uint8.
 
     Raises
     ------
@@ -270,8 +276,8 @@ def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
     planes = torch.ops.effcli_kv_pq.planes()
     width = 1 if planes else 2
     per_head = []
-    for head in range(heads):
-        channels = [(side.part[head] == part).nonzero().flatten().tolist() for part in range(side.parts)]
+    for head, parts in enumerate(side.parts):
+        channels = [(side.part[head] == part).nonzero().flatten().tolist() for part in range(parts)]
         found = [(part, of[i : i + width]) for part, of in enumerate(channels) for i in range(0, len(of), width)]
         per_head.append(found)
     count = max(map(len, per_head))
@@ -296,6 +302,7 @@ def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
         none if side.gains is None else side.gains.float().contiguous(),
         mean.contiguous(),
         none if side.inverse is None else side.inverse.float()[:, :, order].contiguous(),
+        torch.tensor(side.offsets, dtype=torch.int32),
     )
 
 
@@ -336,21 +343,25 @@ def _rope_tables(rope: Rope, dim: int, stop: int) -> RopeTables:
 def _encoder_tables(side: VectorQuantizer) -> EncoderTables:
     heads, _, dim = side.centroids.shape
     order = side.part.argsort(dim=-1, stable=True)
-    sizes = torch.stack([torch.bincount(row, minlength=side.parts) for row in side.part])
+    most = max(side.parts)
+    sizes = torch.stack([torch.bincount(row, minlength=most) for row in side.part])
     first = torch.cat([sizes.new_zeros(heads, 1), sizes.cumsum(-1)], -1)
-    tables = torch.empty(heads, CENTROIDS * (dim + side.parts))
-    for head in range(heads):
+    levels, numbers = side.centroids.float().transpose(1, 2).sort(dim=-1, stable=True)  # (H, D, 256)
+    bounds = torch.nn.functional.pad((levels[..., 1:] + levels[..., :-1]) / 2, (0, 1), value=torch.inf)
+    of_one = torch.cat([bounds, numbers.float()], -1)
+    weighted = side.centroids.float() * side.weight[:, None]
+    lengths = weighted * side.centroids
+    tables = torch.zeros(heads, CENTROIDS * (dim + most))
+    for head, parts in enumerate(side.parts):
         at = 0
-        for part in range(side.parts):
+        for part in range(parts):
             of = order[head, first[head, part] : first[head, part + 1]]
-            centroids = side.centroids[head][:, of].float()
-            weighted = centroids * side.weight[head, of]
-            table = torch.cat([-2 * weighted, (weighted * centroids).sum(-1, keepdim=True)], -1)
             if of.numel() == 1:
-                levels, number = centroids[:, 0].sort(stable=True)
-                middles = (levels[1:] + levels[:-1]) / 2
-                table = torch.cat([middles, middles.new_tensor([torch.inf]), number.float()])
-            tables[head, at : at + table.numel()] = table.flatten()
+                table = of_one[head, of[0]]
+            else:
+                length = lengths[head][:, of].sum(-1, keepdim=True)
+                table = torch.cat([-2 * weighted[head][:, of], length], -1).flatten()
+            tables[head, at : at + table.numel()] = table
             at += table.numel()
     none = torch.empty(0)
     gains = none
@@ -365,4 +376,5 @@ def _encoder_tables(side: VectorQuantizer) -> EncoderTables:
         side.mean.float().contiguous(),
         none if side.basis is None else side.basis.float().contiguous(),
         gains,
+        torch.tensor(side.offsets, dtype=torch.int32),
     )

@@ -45,7 +45,7 @@ _NO_WEIGHT = 1e-20
 
 @dataclass
 class _Prepared:
-    """One side of one layer, ready for k-means but for the number of its parts.
+    """One side of one layer, ready for k-means but for the number of parts of each head.
 
     Attributes
     ----------
@@ -65,10 +65,6 @@ class _Prepared:
     basis: torch.Tensor | None
     covariances: torch.Tensor
     heads: list[layout.Uneven]
-
-    def error(self, parts: int) -> float:
-        """Return the expected loss of all heads with this number of parts."""
-        return sum(head.error(parts) for head in self.heads)
 
 
 def train(
@@ -150,7 +146,7 @@ def train(
         "collect_seconds": collected - started,
         "train_seconds": time.perf_counter() - collected,
         "vectors": next(iter(samples.values()))["keys"].x.shape[1],
-        "codes": {kind: {str(layer): quantizers[layer, kind].codes for layer in found.layers} for kind in KINDS},
+        "parts": {kind: {str(layer): quantizers[layer, kind].parts for layer in found.layers} for kind in KINDS},
         "distortion": distortion,
     }
     books = Codebooks(
@@ -229,40 +225,42 @@ def _levels(size: torch.Tensor) -> torch.Tensor:
 
 def _shared_out(
     prepared: Mapping[tuple[int, str], _Prepared], budget: int, parameters: KVPQParameters
-) -> dict[tuple[int, str], int]:
-    """Return the number of parts of each side: one code after another goes where it lowers the loss most."""
+) -> dict[tuple[int, str], list[int]]:
+    """Return the number of parts of each head: one code after another goes where it lowers the loss most."""
     overhead = int(parameters.gains)
     dim = next(iter(prepared.values())).y.shape[-1]
     if parameters.allocation == "even":
-        return {key: min(dim, budget - overhead) for key in prepared}
+        return {key: [min(dim, budget - overhead)] * len(side.heads) for key, side in prepared.items()}
     least = math.ceil(dim / layout.MOST_CHANNELS)
     most = min(dim, 2 * budget)
-    parts = {key: least for key in prepared}
-    left = (budget - overhead - least) * len(prepared)
-    queue = [(side.error(least + 1) - side.error(least), key) for key, side in prepared.items()]
+    parts = {key: [least] * len(side.heads) for key, side in prepared.items()}
+
+    def gain(key: tuple[int, str], head: int) -> tuple[float, tuple[int, str], int]:
+        now, error = parts[key][head], prepared[key].heads[head].error
+        return error(now + 1) - error(now), key, head
+
+    queue = [gain(key, head) for key, heads in parts.items() for head in range(len(heads))]
+    left = (budget - overhead - least) * len(queue)
     heapq.heapify(queue)
     while left > 0 and queue:
-        _, key = heapq.heappop(queue)
-        parts[key] += 1
+        _, key, head = heapq.heappop(queue)
+        parts[key][head] += 1
         left -= 1
-        if parts[key] < most:
-            side = prepared[key]
-            heapq.heappush(queue, (side.error(parts[key] + 1) - side.error(parts[key]), key))
+        if parts[key][head] < most:
+            heapq.heappush(queue, gain(key, head))
     return parts
 
 
 def _trained(
     side: _Prepared,
-    parts: int,
+    parts: list[int],
     rope: Rope | None,
     kind: str,
     parameters: KVPQParameters,
     generator: torch.Generator,
 ) -> VectorQuantizer:
-    heads, _, dim = side.y.shape
-    part = torch.stack(
-        [_part(side, head, parts, rope if kind == "keys" else None, parameters) for head in range(heads)]
-    )
+    turned = rope if kind == "keys" else None
+    part = torch.stack([_part(side, head, count, turned, parameters) for head, count in enumerate(parts)])
     centroids, _ = train_centroids(
         side.y, part, side.weight, side.sample_weight, iterations=parameters.iterations,
         generator=generator,

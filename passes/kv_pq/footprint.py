@@ -66,7 +66,7 @@ class Footprint:
 
     def _coded_bytes(self, layer: int) -> int:
         books = self._codebooks.layers[layer]
-        return sum(side.codes * side.heads for side in (books.keys, books.values))
+        return books.keys.codes + books.values.codes
 
     def _exact_bytes(self, layer: int) -> int:
         books, itemsize = self._codebooks.layers[layer], self._model.dtype.itemsize

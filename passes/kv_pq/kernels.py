@@ -40,7 +40,8 @@ class _Tables(NamedTuple):
 
     ``key_table`` (H, 256, 2 HALF), ``value_table`` (H, 256, WIDTH); ``key_part``, ``value_part`` the code of each of
     these channels; ``order`` (2 HALF) the channel of a query, -1 for none; ``key_mean`` (H, 2 HALF), to be turned with
-    keys, or None; ``inverse`` (H, D, D) of values; ``ropes`` rotations by their number of blocks.
+    keys, or None; ``inverse`` (H, D, D) of values; ``ropes`` rotations by their number of blocks;
+    ``key_gain_place``, ``value_gain_place`` (H,) the code of a head's gain.
     """
 
     key_table: torch.Tensor
@@ -51,6 +52,8 @@ class _Tables(NamedTuple):
     key_mean: torch.Tensor | None
     inverse: torch.Tensor | None
     ropes: dict[int, tuple[torch.Tensor, ...]]
+    key_gain_place: torch.Tensor
+    value_gain_place: torch.Tensor
 
 
 def available(device: torch.device) -> str | None:
@@ -141,7 +144,7 @@ def attend_all(
     from passes.kv_pq.triton_kernels import attend_splits, merge_splits
 
     batch, query_heads, length, dim = query.shape
-    heads = key_codes.shape[1]
+    heads = layer.keys.heads
     rows = query_heads // heads * length
     query = query.contiguous()
     tables = _tables(layer, query.dtype)
@@ -165,13 +168,14 @@ def attend_all(
     attend_splits[splits, batch * heads, math.ceil(rows / block_rows)](
         query, asked, nothing if bias is None else bias, key_codes, value_codes,
         tables.key_table, tables.value_table, tables.key_part, tables.value_part,
+        tables.key_gain_place, tables.value_gain_place,
         nothing if layer.keys.gains is None else layer.keys.gains,
         nothing if layer.values.gains is None else layer.values.gains,
         nothing if tables.key_mean is None else tables.key_mean, tables.order, *rope, start, offset,
         exact_keys, exact_values, nothing if visible is None else visible.to(torch.uint8).contiguous(),
         sums, highest, total, stop, exact, scale, softcap or 0.0,
-        *key_codes.stride()[:3], *value_codes.stride()[:3], *exact_keys.stride(), *exact_values.stride(),
-        KEY_CODES=layer.keys.codes, VALUE_CODES=layer.values.codes, HEADS=heads, ROWS=rows, DIM=dim,
+        *key_codes.stride()[:2], *value_codes.stride()[:2], *exact_keys.stride(), *exact_values.stride(),
+        HEADS=heads, ROWS=rows, DIM=dim,
         BLOCK_ROWS=block_rows, BLOCK=BLOCK, HALF=half, WIDTH=width, CODE_SPLITS=code_splits,
         EXACT_SPLITS=max(exact_splits, 1), HAS_ROPE=layer.rope is not None, HAS_BIAS=bias is not None,
         HAS_KEY_GAINS=layer.keys.gains is not None, HAS_VALUE_GAINS=layer.values.gains is not None,
@@ -198,7 +202,7 @@ def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        Shape (B, H, T, codes), uint8.
+        Shape (B, T, codes), uint8.
 
     Raises
     ------
@@ -211,24 +215,24 @@ def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
     from passes.kv_pq.triton_kernels import nearest_centroids
 
     batch, heads, length, dim = x.shape
-    count, parts = batch * length, quantizer.parts
+    count = batch * length
     y = x.float() - quantizer.mean[:, None, :]
     if quantizer.basis is not None:
         y = y @ quantizer.basis
     y = y.transpose(0, 1).reshape(heads, count, dim)
-    out = torch.empty(heads, count, quantizer.codes, dtype=torch.uint8, device=x.device)
+    out = torch.empty(count, quantizer.codes, dtype=torch.uint8, device=x.device)
     if quantizer.gains is not None:
         energy = (y.square() * quantizer.weight[:, None, :]).sum(-1) / quantizer.weight.sum(-1, keepdim=True)
         chosen = nearest(energy.sqrt(), quantizer.gains)
         y = y / quantizer.gains.gather(1, chosen)[..., None]
-        out[..., -1] = chosen.to(torch.uint8)
-    columns, table, norm = _encoder_tables(quantizer)
+        out[:, quantizer.gain_places] = chosen.to(torch.uint8).t()
+    columns, table, norm, places = _encoder_tables(quantizer)
     if count:
-        nearest_centroids[math.ceil(count / ENCODED_AT_ONCE), parts, heads](
-            y.contiguous(), columns, table, norm, out, count,
-            PARTS=parts, CODES=quantizer.codes, DIM=dim, LARGEST=columns.shape[-1], BLOCK=ENCODED_AT_ONCE,
+        nearest_centroids[math.ceil(count / ENCODED_AT_ONCE), places.shape[1], heads](
+            y.contiguous(), columns, table, norm, places, out, count,
+            PARTS=places.shape[1], CODES=quantizer.codes, DIM=dim, LARGEST=columns.shape[-1], BLOCK=ENCODED_AT_ONCE,
         )  # fmt: skip
-    return out.view(heads, batch, length, quantizer.codes).transpose(0, 1).contiguous()
+    return out.view(batch, length, quantizer.codes)
 
 
 def _splits(device: torch.device, stop: int, programs: int) -> int:
@@ -251,9 +255,15 @@ def _ask(query: torch.Tensor, keys: VectorQuantizer, scale: float) -> tuple[torc
 
 
 @by_identity
-def _encoder_tables(side: VectorQuantizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _encoder_tables(side: VectorQuantizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return columns, tables and lengths of parts, and the place (H, M) of their codes, -1 for none."""
     columns, table, norm = side._by_part()
-    return columns.int().contiguous(), table.contiguous(), norm.contiguous()
+    most = max(side.parts)
+    places = [
+        [at + part if part < parts else -1 for part in range(most)]
+        for at, parts in zip(side.offsets, side.parts, strict=False)
+    ]
+    return columns.int().contiguous(), table.contiguous(), norm.contiguous(), columns.new_tensor(places).int()
 
 
 @by_identity
@@ -284,7 +294,7 @@ def _make_tables(layer: LayerCodebooks, dtype: torch.dtype) -> _Tables:
     order = torch.full((2, half), -1, device=device)
     order[0, : first.numel()], order[1, : second.numel()] = first, second
     order = order.flatten()
-    key_table, key_part = _in_order(keys.centroids, order), _in_order(keys.part, order)
+    key_table, key_part = _in_order(keys.centroids, order), _in_order(keys.places, order)
     mean = None
     if layer.rope is not None:
         mean = _in_order(keys.mean, order)
@@ -296,11 +306,13 @@ def _make_tables(layer: LayerCodebooks, dtype: torch.dtype) -> _Tables:
         key_table.to(dtype).contiguous(),
         _in_order(values.centroids, plain).to(dtype).contiguous(),
         key_part.int().contiguous(),
-        _in_order(values.part, plain).int().contiguous(),
+        _in_order(values.places, plain).int().contiguous(),
         order.int(),
         mean,
         None if values.inverse is None else values.inverse.contiguous(),
         {},
+        keys.gain_places.int(),
+        values.gain_places.int(),
     )
 
 

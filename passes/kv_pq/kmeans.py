@@ -77,9 +77,6 @@ def _lloyd(
     iterations: int,
 ) -> tuple[torch.Tensor, int]:
     """Return centroids after so many rounds at most, and the rounds done."""
-    heads, count, _ = y.shape
-    of_vector = part[:, None, :].expand(-1, count, -1)
-    of_centroid = part[:, None, :].expand(-1, CENTROIDS, -1)
     blank = torch.zeros_like(weight)
     weighed = y * sample_weight[..., None]
     energy = float((weighed * y * weight[:, None]).sum(dtype=torch.float64))
@@ -88,16 +85,19 @@ def _lloyd(
         done += 1
         quantizer = VectorQuantizer(centroids, part, weight, blank)
         codes = attention.encode(y[None], quantizer)[0].long()
-        mass = y.new_zeros(heads, CENTROIDS, codes.shape[-1])
-        mass.scatter_add_(1, codes, sample_weight[..., None].expand_as(codes))
-        chosen = codes.gather(2, of_vector)
-        moved = torch.zeros_like(centroids).scatter_add_(1, chosen, weighed)
-        counted = mass.gather(2, of_centroid)
+        moved, counted = torch.zeros_like(centroids), torch.empty_like(centroids)
+        chosen = []
+        for head, (begin, parts) in enumerate(zip(quantizer.offsets, quantizer.parts, strict=False)):
+            own = codes[:, begin : begin + parts]
+            chosen.append(own.index_select(1, part[head]))
+            moved[head].scatter_add_(0, chosen[-1], weighed[head])
+            mass = y.new_zeros(CENTROIDS, parts).scatter_add_(0, own, sample_weight[head, :, None].expand_as(own))
+            counted[head] = mass.index_select(1, part[head])
         moved /= counted.clamp_min(1e-30)
         gain = float(((moved - centroids).square() * counted * weight[:, None]).sum(dtype=torch.float64))
         empty = counted <= 0
         if bool(empty.any()):
-            lost = (y - centroids.gather(1, chosen)).square() * weight[:, None]
+            lost = (y - centroids.gather(1, torch.stack(chosen))).square() * weight[:, None]
             moved = torch.where(empty, _worst(y, lost, part, sample_weight), moved)
         elif gain <= STALL * energy:
             centroids = moved

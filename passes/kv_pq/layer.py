@@ -64,7 +64,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
     coded : int
         Slots below it are codes.
     key_codes, value_codes : torch.Tensor
-        Shape (B, H, capacity, codes), uint8.
+        Shape (B, capacity, codes), uint8.
     exact_keys, exact_values : torch.Tensor
         Shape (B, H, kept + recent, D): kept tokens first.
     decodes : bool
@@ -132,7 +132,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             torch.zeros(batch, heads, slots, width, dtype=self.dtype, device=self.device) for width in sizes
         )
         self.key_codes, self.value_codes = (
-            torch.empty(batch, heads, 0, side.codes, dtype=torch.uint8, device=self.device)
+            torch.empty(batch, 0, side.codes, dtype=torch.uint8, device=self.device)
             for side in (self.codebooks.keys, self.codebooks.values)
         )
         self.is_initialized = True
@@ -296,14 +296,14 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _reserve(self, slots: int) -> None:
         """Make room for the codes of so many slots."""
-        held = self.key_codes.shape[2]
+        held = self.key_codes.shape[1]
         if slots <= held:
             return
         wanted = grown_capacity(held, max(slots, self.capacity))
         for name in ("key_codes", "value_codes"):
             before = getattr(self, name)
-            grown = before.new_empty(*before.shape[:2], wanted, before.shape[3])
-            grown[:, :, : self.coded] = before[:, :, : self.coded]
+            grown = before.new_empty(before.shape[0], wanted, before.shape[2])
+            grown[:, : self.coded] = before[:, : self.coded]
             setattr(self, name, grown)
 
     def _write_codes(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -324,8 +324,8 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
                     if rows.most:
                         positions = positions - rows.padding[:, None]
                     k = books.rope.rotate(k.float(), positions, back=True)
-                key_codes[:, :, slots] = attention.encode(k, books.keys)
-                value_codes[:, :, slots] = attention.encode(v, books.values)
+                key_codes[:, slots] = attention.encode(k, books.keys)
+                value_codes[:, slots] = attention.encode(v, books.values)
 
         return work
 
@@ -352,9 +352,9 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         """Return the tensors, cut to the tokens there are, and the numbers that :meth:`restore` takes."""
         if not self.is_initialized:
             return {}, {}
-        exact = slice(0, self.kept_tokens + self.length - self.coded)
+        exact = self.kept_tokens + self.length - self.coded
         held = {
-            name: tensor[:, :, exact if name.startswith("exact") else slice(0, self.coded)]
+            name: tensor[:, :, :exact] if name.startswith("exact") else tensor[:, : self.coded]
             for name, tensor in self.cached_tensors().items()
         }
         return held, {"length": self.length, "coded": self.coded}
@@ -367,7 +367,8 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         self._reserve(numbers["coded"])
         self.coded = numbers["coded"]
         for name, tensor in tensors.items():
-            getattr(self, name)[:, :, : tensor.shape[2]] = tensor
+            tokens = 2 if name.startswith("exact") else 1
+            getattr(self, name).narrow(tokens, 0, tensor.shape[tokens]).copy_(tensor)
 
     def share(self, memo: dict[int, Any]) -> None:
         """Make a deep copy share what is not this layer's own."""

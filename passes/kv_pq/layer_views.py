@@ -110,7 +110,7 @@ def dequantized(layer: PQLayer, dtype: torch.dtype | None = None) -> tuple[torch
         whole = block.new_empty(*block.shape[:2], layer.length, block.shape[3], dtype=dtype)
         for at in range(0, layer.coded, DECODED_TOKENS):
             end = min(at + DECODED_TOKENS, layer.coded)
-            part = side.decode(stored[:, :, at:end], torch.float32)
+            part = side.decode(stored[:, at:end], torch.float32)
             if rope is not None:
                 slots = torch.arange(at, end, device=layer.device)
                 part = rope.rotate(part, slots - layer.rows.padding[:, None])

@@ -7,13 +7,15 @@
     x̂ = (gain · ŷ) · inverse + mean,        ŷ[c] = centroids[code of the part that c is in, c]
 
 A part is any set of channels, so channels that matter more can be in smaller parts and get more bits: every code is one
-byte whatever its part's size. Scores and outputs never need x̂ itself: a query is multiplied by ``inverse`` once, and
-so is an output.
+byte whatever its part's size. Heads that matter more can have more parts: the codes of a token lie side by side, head
+after head. Scores and outputs never need x̂ itself: a query is multiplied by ``inverse`` once, and so is an output.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class VectorQuantizer:
     centroids : torch.Tensor
         Shape (H, 256, D), float32: H KV heads, D channels of a head.
     part : torch.Tensor
-        Shape (H, D), int64: the part, 0 to M - 1, that a channel is in. Every head has the same M.
+        Shape (H, D), int64: the part of its head, 0 to M - 1, that a channel is in; heads have their own M.
     weight : torch.Tensor
         Shape (H, D), float32: of each channel's squared error when the nearest centroid is sought.
     mean : torch.Tensor
@@ -63,20 +65,39 @@ class VectorQuantizer:
         """D."""
         return self.centroids.shape[2]
 
-    @property
-    def parts(self) -> int:
-        """M."""
-        return int(self.part.max()) + 1
+    @cached_property
+    def parts(self) -> tuple[int, ...]:
+        """M of each head."""
+        return tuple(last + 1 for last in self.part.amax(1).tolist())
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where the codes of each head begin among those of a token, and where the last head's end: H + 1 places.
+
+        The code of a head's gain is its last one.
+        """
+        gain = int(self.gains is not None)
+        return tuple(itertools.accumulate((parts + gain for parts in self.parts), initial=0))
 
     @property
     def codes(self) -> int:
-        """Bytes that a vector takes: one a part, and one for the gain."""
-        return self.parts + (self.gains is not None)
+        """Bytes that a token takes over all heads: one a part, and one for each gain."""
+        return self.offsets[-1]
 
     @property
     def bits_per_value(self) -> float:
-        """Bits a channel, gain included."""
-        return 8 * self.codes / self.head_dim
+        """Bits a channel, gains included, on average over heads."""
+        return 8 * self.codes / (self.heads * self.head_dim)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Which of a token's codes is that of a channel: shape (H, D), int64."""
+        return self.part + self.part.new_tensor(self.offsets[:-1])[:, None]
+
+    @cached_property
+    def gain_places(self) -> torch.Tensor:
+        """Which of a token's codes is that of a head's gain: shape (H,), int64."""
+        return self.part.new_tensor(self.offsets[1:]) - 1
 
     @property
     def bytes(self) -> int:
@@ -102,7 +123,7 @@ class VectorQuantizer:
         Returns
         -------
         torch.Tensor
-            Shape (B, H, T, codes), uint8.
+            Shape (B, T, codes), uint8.
         """
         import torch
 
@@ -111,51 +132,57 @@ class VectorQuantizer:
         if self.basis is not None:
             y = y @ self.basis
         y = y.transpose(0, 1).reshape(heads, batch * length, dim)
-        out = torch.empty(heads, batch * length, self.codes, dtype=torch.uint8, device=x.device)
+        out = torch.empty(batch * length, self.codes, dtype=torch.uint8, device=x.device)
         if self.gains is not None:
             energy = (y.square() * self.weight[:, None, :]).sum(-1) / self.weight.sum(-1, keepdim=True)
             chosen = nearest(energy.sqrt(), self.gains)
             y = y / self.gains.gather(1, chosen)[..., None]
-            out[..., -1] = chosen.to(torch.uint8)
+            out[:, self.gain_places] = chosen.to(torch.uint8).t()
         columns, table, length2 = self._by_part()
-        rows = max(1, BLOCK_ELEMENTS // (self.parts * CENTROIDS))
-        for head in range(heads):
+        for head, parts in enumerate(self.parts):
+            at = self.offsets[head]
+            rows = max(1, BLOCK_ELEMENTS // (parts * CENTROIDS))
             for start in range(0, batch * length, rows):
                 block = y[head, start : start + rows]
-                padded = torch.cat([block, block.new_zeros(block.shape[0], 1)], -1)[:, columns[head]]  # (N, M, S)
-                distance = torch.baddbmm(length2[head][:, None, :], padded.transpose(0, 1), table[head], alpha=-2)
-                out[head, start : start + rows, : self.parts] = distance.argmin(-1).to(torch.uint8).t()
-        return out.view(heads, batch, length, self.codes).transpose(0, 1).contiguous()
+                padded = torch.cat([block, block.new_zeros(block.shape[0], 1)], -1)[:, columns[head, :parts]]
+                distance = torch.baddbmm(
+                    length2[head, :parts, None], padded.transpose(0, 1), table[head, :parts], alpha=-2
+                )
+                out[start : start + rows, at : at + parts] = distance.argmin(-1).to(torch.uint8).t()
+        return out.view(batch, length, self.codes)
 
     def decode_centroids(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return gain · ŷ, shape (B, H, T, D), float32: before ``inverse`` and mean."""
+        """Return gain · ŷ of codes (B, T, codes): shape (B, H, T, D), float32, before ``inverse`` and mean."""
         import torch
 
-        batch, heads, length, _ = codes.shape
-        index = codes.long().gather(-1, self.part[None, :, None, :].expand(batch, -1, length, -1))
+        codes = codes.long()
+        index = codes[..., self.places].transpose(1, 2)  # (B, H, T, D)
         channel = torch.arange(self.head_dim, device=codes.device)
-        head = torch.arange(heads, device=codes.device)[:, None, None]
-        y = self.centroids[head, index, channel]
+        head = torch.arange(self.heads, device=codes.device)[:, None]
+        y = self.centroids[head[..., None], index, channel]
         if self.gains is not None:
-            y = y * self.gains[torch.arange(heads, device=codes.device)[:, None], codes[..., -1].long()][..., None]
+            y = y * self.gains[head, codes[..., self.gain_places].transpose(1, 2)][..., None]
         return y
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return x̂, shape (B, H, T, D)."""
+        """Return x̂ of codes (B, T, codes): shape (B, H, T, D)."""
         y = self.decode_centroids(codes)
         if self.inverse is not None:
             y = y @ self.inverse
         return (y + self.mean[:, None, :]).to(dtype)
 
     def _by_part(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return columns of each part (H, M, S), padded with D; weighted centroids (H, M, S, 256); their length."""
+        """Return columns of each part (H, M, S), padded with D; weighted centroids (H, M, S, 256); their length.
+
+        M is the largest of all heads'.
+        """
         import torch
 
         heads, dim = self.part.shape
         width = max(int(torch.bincount(row).max()) for row in self.part)
-        columns = torch.full((heads, self.parts, width), dim, dtype=torch.int64, device=self.part.device)
-        for head in range(heads):
-            for part in range(self.parts):
+        columns = torch.full((heads, max(self.parts), width), dim, dtype=torch.int64, device=self.part.device)
+        for head, parts in enumerate(self.parts):
+            for part in range(parts):
                 members = (self.part[head] == part).nonzero().flatten()
                 columns[head, part, : members.numel()] = members
         padded = torch.cat([self.centroids, self.centroids.new_zeros(heads, CENTROIDS, 1)], -1)

@@ -58,7 +58,7 @@ def check(path: Path, found: Targets) -> tuple[str, ...]:
     for name in ropes & set(tensors):
         _check_rope(path.name, name, tensors[name], found.shape.head_dim)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    bits = 8 * codes / (len(expected) * found.shape.head_dim)
+    bits = 8 * codes / (len(expected) * found.shape.kv_heads * found.shape.head_dim)
     return (
         f"{path.name}: codebooks of {len(found.layers)} layers, {size / 1e6:.3g} MB, {bits:.4g} bits a cached value; "
         "not counted with the weights",
@@ -66,7 +66,7 @@ def check(path: Path, found: Targets) -> tuple[str, ...]:
 
 
 def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int, size: int) -> int:
-    """Check the tensors of one side of a layer; return its codes a vector."""
+    """Check the tensors of one side of a layer; return its codes a token."""
     import torch
 
     shapes = {
@@ -98,10 +98,8 @@ def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int
         if not bool(torch.isfinite(tensor).all()):
             raise wrong(name, "holds NaN or infinity")
     part = parts["part"]
-    count = int(part.max()) + 1
-    whole = torch.arange(count)
-    if int(part.min()) < 0 or not all(torch.equal(row.unique(), whole) for row in part):
-        raise wrong("part", f"does not number its parts 0 to {count - 1} in every head")
+    if not all(torch.equal(row.unique(), torch.arange(int(row.max()) + 1)) for row in part):
+        raise wrong("part", "does not number the parts of every head from 0 on without a gap")
     if bool((parts["weight"] < 0).any()) or bool((parts["weight"].sum(1) <= 0).any()):
         raise wrong("weight", "has a negative entry, or a head of zeros")
     if "gains" in parts and not (bool((parts["gains"] > 0).all()) and bool((parts["gains"].diff(dim=1) >= 0).all())):
@@ -110,7 +108,7 @@ def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int
         error = (parts["basis"].double() @ parts["inverse"].double() - torch.eye(size)).abs().max().item()
         if not error <= INVERSE_TOLERANCE:
             raise wrong("inverse", f"is not the inverse of the basis (off by {error:.2g})")
-    return count + ("gains" in parts)
+    return int((part.amax(1) + 1).sum()) + heads * ("gains" in parts)
 
 
 def _check_rope(file: str, name: str, frequencies: torch.Tensor, size: int) -> None:

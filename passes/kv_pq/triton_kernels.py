@@ -42,13 +42,13 @@ def _shaped(scores, seen, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[n
 
 @triton.jit  # type: ignore[untyped-decorator]
 def attend_splits(  # type: ignore[no-untyped-def]
-    query, asked, bias, key_codes, value_codes, key_table, value_table, key_part, value_part, key_gains, value_gains,
-    key_mean, key_order, cos, sin, block_cos, block_sin, start, offset, exact_keys, exact_values, visible,
+    query, asked, bias, key_codes, value_codes, key_table, value_table, key_part, value_part,
+    key_gain_place, value_gain_place, key_gains, value_gains, key_mean, key_order,
+    cos, sin, block_cos, block_sin, start, offset, exact_keys, exact_values, visible,
     sums_out, highest_out, total_out,
     stop, exact_tokens, scale, softcap,
-    key_batch, key_head, key_slot, value_batch, value_head, value_slot,
+    key_batch, key_slot, value_batch, value_slot,
     ek_batch, ek_head, ek_token, ek_channel, ev_batch, ev_head, ev_token, ev_channel,
-    KEY_CODES: tl.constexpr, VALUE_CODES: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
     HALF: tl.constexpr, WIDTH: tl.constexpr, CODE_SPLITS: tl.constexpr, EXACT_SPLITS: tl.constexpr,
     HAS_ROPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_KEY_GAINS: tl.constexpr, HAS_VALUE_GAINS: tl.constexpr,
@@ -81,8 +81,9 @@ def attend_splits(  # type: ignore[no-untyped-def]
         part_a = tl.load(key_part + head * 2 * HALF + half)
         part_b = tl.load(key_part + head * 2 * HALF + HALF + half)
         part_v = tl.load(value_part + head * WIDTH + channel)
-        keys_at = key_codes + batch * key_batch + head * key_head
-        values_at = value_codes + batch * value_batch + head * value_head
+        keys_at = key_codes + batch * key_batch
+        values_at = value_codes + batch * value_batch
+        key_gain, value_gain = tl.load(key_gain_place + head), tl.load(value_gain_place + head)
         first = tl.load(start + batch)
         origin = tl.zeros_like(first)
         if HAS_ROPE:
@@ -104,7 +105,7 @@ def attend_splits(  # type: ignore[no-untyped-def]
             k_a = tl.load(table + code_a * (2 * HALF) + half[None, :])
             k_b = tl.load(table + code_b * (2 * HALF) + HALF + half[None, :])
             if HAS_KEY_GAINS:
-                chosen = tl.load(keys_at + slots * key_slot + KEY_CODES - 1, seen, 0).to(tl.int32)
+                chosen = tl.load(keys_at + slots * key_slot + key_gain, seen, 0).to(tl.int32)
                 gains = tl.load(key_gains + head * 256 + chosen)
             if HAS_ROPE:
                 x, y = k_a.to(tl.float32), k_b.to(tl.float32)
@@ -126,7 +127,7 @@ def attend_splits(  # type: ignore[no-untyped-def]
             code_v = tl.load(row + part_v[None, :], seen[:, None], 0).to(tl.int32)
             values = tl.load(value_table + head * 256 * WIDTH + code_v * WIDTH + channel[None, :])
             if HAS_VALUE_GAINS:
-                chosen = tl.load(values_at + slots * value_slot + VALUE_CODES - 1, seen, 0).to(tl.int32)
+                chosen = tl.load(values_at + slots * value_slot + value_gain, seen, 0).to(tl.int32)
                 gains = tl.load(value_gains + head * 256 + chosen)
             highest, total, sums = _add_block(scores, highest, total, sums, values, gains, HAS_VALUE_GAINS, PRECISION)
     else:
@@ -199,7 +200,7 @@ def merge_splits(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def nearest_centroids(  # type: ignore[no-untyped-def]
-    vectors, columns, table, length, out, count,
+    vectors, columns, table, length, places, out, count,
     PARTS: tl.constexpr, CODES: tl.constexpr, DIM: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the code of one part for a block of vectors (H, N, D); centroids are (H, M, S, 256), weighted."""
@@ -213,4 +214,5 @@ def nearest_centroids(  # type: ignore[no-untyped-def]
         x = tl.load(vectors + (head * count + row) * DIM + channel, (row < count) & (channel < DIM), 0.0)
         distance -= 2 * x[:, None] * tl.load(table + (at * LARGEST + member) * 256 + centroid)[None, :]
     chosen = tl.argmin(distance, 1)
-    tl.store(out + (head * count + row) * CODES + part, chosen.to(tl.uint8), row < count)
+    place = tl.load(places + at)  # -1 where another head has more parts
+    tl.store(out + row.to(tl.int64) * CODES + place, chosen.to(tl.uint8), (row < count) & (place >= 0))

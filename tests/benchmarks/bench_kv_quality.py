@@ -6,6 +6,7 @@ codes, scales, zeros and norms; codebooks are a column of their own. Intervals a
 text. What is trained is trained on calibration text that shares no run of 32 tokens with the text measured on.
 
     python -m tests.benchmarks.bench_kv_quality [--text FILE] [--windows N] [--first] [--only NAME ...]
+        [--architecture NAME]
 
 A table on a terminal, one JSON object a row in a pipe.
 """
@@ -32,6 +33,7 @@ from passes.calibration_text import BATCH_TOKENS
 from passes.kv_pq.codebooks import Codebooks
 from profilers.quality import QualityResult, Reference, measure_quality, record_reference
 from profilers.text import TextSplit, split_texts
+from tests.benchmarks.kv_baselines.architectures import ARCHITECTURES
 from tests.benchmarks.kv_baselines.base import Baseline, Samples, collect
 from tests.benchmarks.kv_baselines.fake import KEPT_TOKENS, fake_quantized
 from tests.benchmarks.kv_baselines.fp8 import FP8
@@ -76,7 +78,7 @@ class Row:
     ratio_interval, kl_interval : tuple of float or None
         95 %, over blocks of text; the ratio's is paired.
     fit_seconds, seconds : float or None
-        Training; measuring.
+        Training, of kv-pq with the collecting of keys and values, of others without; measuring.
     reason : str or None
         Why there is no measurement.
     """
@@ -143,9 +145,10 @@ class Harness:
 
     def row(self, method: Baseline) -> Row:
         """Fit a method if it has something to learn, and measure it."""
+        samples = self.samples() if method.needs_samples else {}
         started = time.perf_counter()
         if method.needs_samples:
-            method.fit(self.samples())
+            method.fit(samples)
         fitted = time.perf_counter()
         with fake_quantized(self.model, method, kept=self.kept, layers=self.layers):
             found = measure_quality(self.model, self.windows, self.reference, text_name=self.text)
@@ -310,6 +313,8 @@ def prepared(options: argparse.Namespace) -> tuple[Harness, TextSplit]:
         folder = str(builtin_models.fetch(BUILT_IN))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if options.architecture is not None:
+        model = ARCHITECTURES[options.architecture](model)
     texts = [None if path is None else path.read_text(encoding="utf-8") for path in (options.text, options.calibration)]
     split = split_texts(
         AutoTokenizer.from_pretrained(folder),
@@ -332,6 +337,11 @@ def main() -> int:
     """Measure, print, and return how many limits kv-pq misses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=BUILT_IN, help="a folder, or the built-in model's name")
+    parser.add_argument(
+        "--architecture",
+        choices=sorted(ARCHITECTURES),
+        help="put a Llama model's weights into this one first (kv_baselines/architectures.py; the model as it is)",
+    )
     parser.add_argument("--text", type=Path, help="file to measure on (the default text's held-out part)")
     parser.add_argument("--calibration", type=Path, help="file to learn from (the default text's other part)")
     parser.add_argument("--windows", type=int, default=WINDOWS)
@@ -347,10 +357,12 @@ def main() -> int:
         "--only", nargs="+", default=[], metavar="NAME", help="methods whose name contains one of these"
     )
     options = parser.parse_args()
+    name = options.model if options.architecture is None else f"{options.model} as {options.architecture}"
     harness, split = prepared(options)
     about = {
         "benchmark": "kv_quality",
         "model": options.model,
+        "architecture": options.architecture,
         "dtype": options.dtype,
         "text": harness.text,
         "windows": list(harness.windows.shape),
@@ -368,9 +380,7 @@ def main() -> int:
         else:
             print(json.dumps(about | asdict(row)), flush=True)
     if console.is_terminal:
-        console.print(
-            table(found, f"{options.model}, {options.dtype}, {tuple(harness.windows.shape)} of {harness.text}")
-        )
+        console.print(table(found, f"{name}, {options.dtype}, {tuple(harness.windows.shape)} of {harness.text}"))
     judged = verdicts(found) if any(row.method == KVPQ.name for row in found) else []
     for line in judged:
         print(json.dumps(line), flush=True)

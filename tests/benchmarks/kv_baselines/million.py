@@ -3,7 +3,9 @@
 One set of codebooks for all keys and one for all values, whatever the layer and head, of keys after rotary embedding;
 neighbouring channels form a subspace; plain k-means. The published settings: 4 bits = subspaces of 2 with
 256 centroids, 3 bits = 4 with 4,096, 2 bits = 4 with 256. Departures: trained on calibration text, where the published
-code trains on the text it is then tested on; 10 of its 25 rounds for 4,096 centroids, which take minutes on a CPU.
+code trains on the text it is then tested on; on at most 65,536 vectors, drawn evenly from all tokens, heads and layers;
+10 rounds instead of 25 for 4,096 centroids. On two subspaces of smollm2-135m the other 15 rounds lowered the squared
+error of unseen keys and values by 0.4 to 1 %, and 160,000 vectors by 3 to 5.5 %.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ SETTINGS = {4: (2, 256), 3: (4, 4096), 2: (4, 256)}
 ROUNDS = {256: 25, 4096: 10}
 """By centroids."""
 LARGEST_SAMPLE = 1 << 16
-"""Vectors that k-means sees, drawn from all: 256 a centroid of 256, as faiss limits them by default."""
+"""Vectors that k-means sees: 256 a centroid of 256, as faiss limits them by default, and 16 a centroid of 4,096."""
 
 
 class Million(Baseline):

@@ -19,7 +19,7 @@ def quantizer(
     seed: int = 0,
     steps: int | None = 64,
 ) -> VectorQuantizer:
-    """Return codebooks whose parts are random sets of channels, as uneven as chance makes them.
+    """Return codebooks whose parts are random sets of channels, as uneven as chance makes them, fewer in later heads.
 
     Centroids and means are multiples of ``1 / steps``, so that tables of 16 significant bits hold them and their sums;
     None: any float32.
@@ -34,10 +34,10 @@ def quantizer(
 
     part = torch.stack(
         [
-            torch.cat([torch.arange(parts), torch.randint(parts, (dim - parts,), generator=generator)])[
+            torch.cat([torch.arange(count), torch.randint(count, (dim - count,), generator=generator)])[
                 torch.randperm(dim, generator=generator)
             ]
-            for _ in range(heads)
+            for count in (max(1, parts - head * (parts // 4)) for head in range(heads))
         ]
     )
     given = {}
@@ -58,7 +58,7 @@ def quantizer(
 def random_codes(side: VectorQuantizer, batch: int, length: int, seed: int = 1) -> torch.Tensor:
     """Return codes of ``length`` slots."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, side.heads, length, side.codes)
+    shape = (batch, length, side.codes)
     return torch.randint(CENTROIDS, shape, generator=generator, dtype=torch.uint8)
 
 
@@ -80,8 +80,8 @@ def attend64(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention over the decoded vectors and the log-sum-exp of its scores, all in float64."""
-    group = query.shape[1] // key_codes.shape[1]
-    slots = torch.arange(key_codes.shape[2])
+    group = query.shape[1] // layer.keys.heads
+    slots = torch.arange(key_codes.shape[1])
     keys = layer.keys.decode(key_codes, torch.float64)
     values = layer.values.decode(value_codes, torch.float64).repeat_interleave(group, 1)
     if layer.rope is not None:

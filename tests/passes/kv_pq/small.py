@@ -27,14 +27,17 @@ def random_quantizer(
     spread: float = 0.1,
     seed: int = 0,
 ) -> VectorQuantizer:
-    """Return codebooks with random parts of uneven size; with ``parts == head_dim``, a fine grid for each channel."""
+    """Return codebooks with random parts of uneven size, one fewer in every second head.
+
+    With ``parts == head_dim``, a fine grid for each channel.
+    """
     random = torch.Generator().manual_seed(seed)
     part = torch.stack(
         [
-            torch.cat([torch.arange(parts), torch.randint(parts, (head_dim - parts,), generator=random)])[
+            torch.cat([torch.arange(count), torch.randint(count, (head_dim - count,), generator=random)])[
                 torch.randperm(head_dim, generator=random)
             ]
-            for _ in range(heads)
+            for count in (parts - (head % 2 if 1 < parts < head_dim else 0) for head in range(heads))
         ]
     )
     unit = 1.0 if gains else spread

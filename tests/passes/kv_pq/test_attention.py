@@ -74,7 +74,7 @@ def test_history_is_attended_to_as_its_codes_say(
     books = layer_books(kv_heads, size, **({"rope": False, "gains": False, "basis": False} | stored))
     random = torch.Generator().manual_seed(0)
     codes = tuple(
-        torch.randint(256, (3, kv_heads, capacity, side.codes), dtype=torch.uint8, generator=random)
+        torch.randint(256, (3, capacity, side.codes), dtype=torch.uint8, generator=random)
         for side in (books.keys, books.values)
     )
     query = torch.randn(3, query_heads, queries, size, generator=random)
@@ -96,7 +96,7 @@ def test_a_mask_over_the_history_and_blocks_of_any_size(kind: str, monkeypatch: 
     books = layer_books(2, 8, rope=True, gains=True, basis=True)
     random = torch.Generator().manual_seed(0)
     codes = tuple(
-        torch.randint(256, (2, 2, 90, side.codes), dtype=torch.uint8, generator=random)
+        torch.randint(256, (2, 90, side.codes), dtype=torch.uint8, generator=random)
         for side in (books.keys, books.values)
     )
     query = torch.randn(2, 4, 3, 8, generator=random)
@@ -131,7 +131,7 @@ def test_the_whole_history_is_never_decoded(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(attention, "BLOCK_ELEMENTS", 1 << 14)
     books = layer_books(2, 16, rope=True, gains=True, basis=False)
     stop = 20_000
-    codes = [torch.zeros(1, 2, stop, side.codes, dtype=torch.uint8) for side in (books.keys, books.values)]
+    codes = [torch.zeros(1, stop, side.codes, dtype=torch.uint8) for side in (books.keys, books.values)]
     zero = torch.zeros(1, dtype=torch.int64)
     with _Largest() as seen:
         attention.attend_reference(

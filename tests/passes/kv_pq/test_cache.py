@@ -120,7 +120,7 @@ def test_instruments_count_what_is_held_to_the_byte(llama: PreTrainedModel, code
     for index in (0, 1):
         cache.update(keys, values, index)
     exact = 2 * 2 * 2 * (KEPT + RECENT) * 8 * 4  # keys and values, rows, heads, tokens, channels, float32
-    coded = 2 * 2 * 320 * (4 + 5)  # rows, heads, slots (296 rounded up to a multiple of 64), bytes a token
+    coded = 2 * 320 * (4 + 3 + 5 + 4)  # rows, slots (296 rounded up to a multiple of 64), bytes a token of each head
     assert cache_bytes(cache) == 2 * (exact + coded)
     assert {(layer.kind, layer.cache_class) for layer in cache_layers(cache)} == {("quantized", "PQLayer")}
 
@@ -133,9 +133,9 @@ def test_storage_grows_in_steps_and_not_within_its_capacity(llama: PreTrainedMod
         places = set()
         for _ in range(200):
             layer = feed(cache, keys, values, (1,))
-            places.add(layer.key_codes.shape[2])
+            places.add(layer.key_codes.shape[1])
         grown[capacity] = len(places)
-        assert layer.key_codes.shape[2] - layer.coded <= 2 * SLOTS
+        assert layer.key_codes.shape[1] - layer.coded <= 2 * SLOTS
     assert grown == {None: 1 + 200 // SLOTS + 1, 200: 1 + 1}  # nothing at first
 
 
@@ -143,7 +143,7 @@ def test_a_longer_context_than_preallocated_is_held_as_any_other(llama: PreTrain
     cache = PQCache(llama.config, codebooks, capacity=64)
     keys, values = states(200)
     layer = feed(cache, keys, values, (30, *[1] * 170))
-    assert layer.key_codes.shape[2] >= layer.coded == 196
+    assert layer.key_codes.shape[1] >= layer.coded == 196
     same(layer, expected(codebooks, keys, values, 196, torch.zeros(2, dtype=torch.int64)))
 
 
@@ -420,7 +420,7 @@ def test_a_saved_file_says_what_it_is(llama: PreTrainedModel, codebooks: Codeboo
         cache.update(*states(45), index)
     with safe_open(cache.save(tmp_path), framework="pt") as opened:
         said = json.loads(opened.metadata()["effcli"])
-        assert opened.get_slice("layers.0.key_codes").get_shape() == [2, 2, 40, 4]
+        assert opened.get_slice("layers.0.key_codes").get_shape() == [2, 40, 4 + 3]
         assert opened.get_slice("layers.1.exact_values").get_shape() == [2, 2, KEPT + 5, 8]
     assert [layer["coded"] for layer in said["layers"]] == [40, 40]
 

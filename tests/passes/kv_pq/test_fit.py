@@ -43,8 +43,8 @@ def test_the_budget_is_kept(model: Any, batches: list[torch.Tensor], bits: float
     books, about = train(model, batches, bits=bits)
     assert books.bits_per_value <= parameters.budget_bits
     assert books.bits_per_value == 8 * parameters.codes(16) / 16  # on average over layers, keys and values
-    codes = [about["codes"][kind][str(layer)] for kind in ("keys", "values") for layer in range(3)]
-    assert sum(codes) / 6 == parameters.codes(16)
+    parts = [about["parts"][kind][str(layer)] for kind in ("keys", "values") for layer in range(3)]
+    assert sum(map(sum, parts)) / 12 == parameters.codes(16) - 1  # two heads a side, and a gain of each
 
 
 def test_more_bits_lose_less(model: Any, batches: list[torch.Tensor]) -> None:
@@ -106,14 +106,16 @@ def test_every_option_encodes_and_decodes(
 
 
 def test_what_weighs_more_gets_more_codes(model: Any, batches: list[torch.Tensor]) -> None:
-    """A layer whose values are multiplied by zero afterwards does not matter to the loss."""
+    """A layer, or a head, whose values are multiplied by zero afterwards does not matter to the loss."""
     import copy
 
     changed = copy.deepcopy(model)
     changed.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    changed.model.layers[2].self_attn.o_proj.weight.data[:, :32].zero_()  # both query heads of the first KV head
     _, about = train(changed, batches)
-    codes = about["codes"]["values"]
-    assert codes["1"] < min(codes["0"], codes["2"])
+    parts = about["parts"]["values"]
+    assert max(parts["1"]) < min(*parts["0"], parts["2"][1])
+    assert parts["2"][0] < parts["2"][1]
 
 
 def test_gradients_are_those_of_the_loss(model: Any, batches: list[torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ def test_predicted_is_measured(name: str) -> None:
         assert point.predicted_prefill_bytes == point.measured_prefill_bytes, point
     kinds = {layer.index: layer.kind for layer in found.layers}
     assert {index for index, kind in kinds.items() if kind == "quantized"} == set(books.layers)
-    per_token = sum(side.codes * side.heads for layer in books.layers.values() for side in (layer.keys, layer.values))
+    per_token = sum(side.codes for layer in books.layers.values() for side in (layer.keys, layer.values))
     assert found.bytes_per_token == per_token
     assert found.shared_bytes == books.bytes
     assert set(found.max_context) == {"16", "8", "4"}

@@ -51,11 +51,11 @@ def test_centroids_are_the_weighted_means_of_their_vectors() -> None:
         y, part, weight, samples, iterations=500, generator=torch.Generator().manual_seed(0)
     )
     assert rounds < 500
-    codes = VectorQuantizer(centroids, part, weight, torch.zeros(2, 6)).encode(y[None])[0].long()
+    codes = VectorQuantizer(centroids, part, weight, torch.zeros(2, 6)).encode(y[None])[0].long()  # 3 of each head
     for head, index in ((0, 1), (1, 0)):
         columns = (part[head] == index).nonzero().flatten()
         for code in (0, 100, 255):
-            chosen = codes[head, :, index] == code
+            chosen = codes[:, 3 * head + index] == code
             if chosen.sum() == 0:
                 continue
             share = samples[head, chosen][:, None]

@@ -126,8 +126,8 @@ def test_prefill_pays_for_encoding_and_memory_for_codebooks() -> None:
 
 def test_what_is_planned_is_near_what_a_cache_holds() -> None:
     model = build("llama", dtype=torch.bfloat16)
-    item = KVPQPass.from_mapping({"gains": False, "allocation": "even", "recent": 64})
-    books = random_codebooks(model, parts=4, kept=4, recent=64)  # 4 codes of 8 channels: 4 bits
+    item = KVPQPass.from_mapping({"bits": 8, "gains": False, "allocation": "even", "recent": 64})
+    books = random_codebooks(model, parts=8, kept=4, recent=64)  # a code for each of 8 channels
     cache = PQCache(model.config, books)
     with torch.no_grad():
         model(torch.full((1, 1000), 5), past_key_values=cache, use_cache=True)

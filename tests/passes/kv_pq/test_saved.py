@@ -33,8 +33,8 @@ def file(tmp_path: Path) -> Path:
 def test_a_good_file_says_what_it_holds(file: Path, targets: Targets) -> None:
     (line,) = check(file, targets)
     size = sum(tensor.nbytes for tensor in load_file(file).values())
-    # keys 4 parts and a gain, values 3 and a gain, over 8 channels
-    assert line.startswith(f"{FILE}: codebooks of 2 layers, {size / 1e6:.3g} MB, {8 * (5 + 4) / 16:.4g} bits")
+    # keys 4 and 3 parts and a gain each, values 3 and 2 and a gain each, over two heads of 8 channels
+    assert line.startswith(f"{FILE}: codebooks of 2 layers, {size / 1e6:.3g} MB, {8 * (5 + 4 + 4 + 3) / 32:.4g} bits")
 
 
 def _without(name: str) -> Callable[[Tensors], None]:
@@ -70,8 +70,8 @@ def _nan(tensor: torch.Tensor) -> torch.Tensor:
             r"has shape \[2, 16, 8\], .* needs \[2, 256, 8\]",
         ),
         (_with("layers.0.keys.centroids", torch.Tensor.half), "is torch.float16, not torch.float32"),
-        (_with("layers.0.keys.part", lambda t: t + 1), "does not number its parts 0 to 4 in every head"),
-        (_with("layers.0.keys.part", lambda t: t.clamp(max=2) * 2), "does not number its parts 0 to 4"),
+        (_with("layers.0.keys.part", lambda t: t + 1), "does not number the parts of every head"),
+        (_with("layers.0.keys.part", lambda t: t.clamp(max=2) * 2), "does not number the parts of every head"),
         (_with("layers.0.values.weight", torch.neg), "has a negative entry"),
         (_with("layers.0.values.weight", torch.zeros_like), "or a head of zeros"),
         (_with("layers.1.keys.gains", lambda t: t.flip(1)), "are not positive and ascending"),
