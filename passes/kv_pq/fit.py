@@ -34,7 +34,7 @@ from profilers.base import Progress, SilentProgress
 
 VECTORS = 16384
 """Of each head that k-means sees, at most."""
-GRADIENT_TOKENS = 2048
+GRADIENT_TOKENS = 4096
 """Of text that is run backwards."""
 LEAST_VECTORS = 4 * CENTROIDS
 _FLOOR = 1e-3

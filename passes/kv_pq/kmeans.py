@@ -15,7 +15,7 @@ STALL = 2e-6
 """Gain of a round, as a share of what the vectors hold, below which the search ends."""
 COARSE_VECTORS = 4096
 """Of each head that the first rounds see, at most: enough to find where centroids belong."""
-FINE_ROUNDS = 3
+FINE_ROUNDS = 2
 """Over all vectors, which then only have to move centroids a little: fewer vectors would leave them where chance put
 those, and text that was not seen pays for that."""
 
