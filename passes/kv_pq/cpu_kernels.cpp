@@ -23,7 +23,8 @@ namespace effcli {
 
 Tensor encode(const Tensor& x, const Tensor& tables, const Tensor& order, const Tensor& first, const Tensor& weight,
               const Tensor& mean, const Tensor& basis, const Tensor& gains,
-              const Tensor& offsets);  // cpu_encoding.cpp
+              const Tensor& offsets, const Tensor& scale, const Tensor& pairs, const Tensor& lengths);
+extern const bool kIntegers;  // both of cpu_encoding.cpp
 
 namespace {
 
@@ -347,12 +348,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key_codes, 
 
 TORCH_LIBRARY(effcli_kv_pq, library) {
   library.def("planes() -> int", [] { return effcli::kPlanes; });
+  library.def("integers() -> bool", [] { return effcli::kIntegers; });
   library.def(
       "attend(Tensor query, Tensor key_codes, Tensor value_codes, Tensor[] keys, Tensor[] values, Tensor[] rope, "
       "Tensor start, int stop, Tensor offset, float scale, float softcap) -> (Tensor, Tensor)");
   library.def(
       "encode(Tensor x, Tensor tables, Tensor order, Tensor first, Tensor weight, Tensor mean, Tensor basis, "
-      "Tensor gains, Tensor offsets) -> Tensor");
+      "Tensor gains, Tensor offsets, Tensor scale, Tensor pairs, Tensor lengths) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(effcli_kv_pq, CPU, library) {

@@ -27,6 +27,10 @@ HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_vectors.h", "cp
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-std=c++20")
 ROPE_BLOCK = 64
 """Tokens that the operator takes at a time (``kBlock`` in ``cpu_vectors.h``)."""
+LONGEST = 2047
+"""Of a vector in integers of twelve bits (``kLongest`` in ``cpu_vectors.h``)."""
+REACH = 2.0
+"""How much longer than the longest centroid a vector may be to be encoded in integers."""
 _FIRST_ROPE_BLOCKS = 64
 _DONE = "loaded"
 """File beside a build that has been loaded once: one that was cut off is never taken for it."""
@@ -80,6 +84,13 @@ class EncoderTables(NamedTuple):
         Shape (H, 2, 256), gains and the middles between them, or empty.
     offsets : torch.Tensor
         As in :class:`Tables`.
+    scale : torch.Tensor
+        Where the processor multiplies integers in pairs (AVX-512 VNNI), else empty: shape (H, D), what channels, in
+        ``order``, are multiplied by to become integers of twelve bits.
+    pairs : torch.Tensor
+        Shape (H, P, 256), int32: two channels of minus a centroid, 16 bits each, the pairs of part after part.
+    lengths : torch.Tensor
+        Shape (H, M, 256), int32: half of a centroid's square, and in the last eight bits its number.
     """
 
     tables: torch.Tensor
@@ -90,6 +101,9 @@ class EncoderTables(NamedTuple):
     basis: torch.Tensor
     gains: torch.Tensor
     offsets: torch.Tensor
+    scale: torch.Tensor
+    pairs: torch.Tensor
+    lengths: torch.Tensor
 
 
 class RopeTables(NamedTuple):
@@ -167,7 +181,10 @@ def attend(
 
 
 def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
-    """Return the codes of vectors, as :meth:`VectorQuantizer.encode` but for ties within float32 rounding.
+    """Return the codes of vectors, as :meth:`VectorQuantizer.encode` but for near ties.
+
+    Ties are within float32 rounding; where the processor multiplies integers in pairs, within rounding to a 1,024th of
+    the longest centroid's length.
 
     Parameters
     ----------
@@ -377,4 +394,35 @@ def _encoder_tables(side: VectorQuantizer) -> EncoderTables:
         none if side.basis is None else side.basis.float().contiguous(),
         gains,
         torch.tensor(side.offsets, dtype=torch.int32),
+        *(_integers(side, order, first) if torch.ops.effcli_kv_pq.integers() else (none,) * 3),
     )
+
+
+def _integers(
+    side: VectorQuantizer, order: torch.Tensor, first: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return scale, pairs and lengths of :class:`EncoderTables`."""
+    heads, _, dim = side.centroids.shape
+    root = side.weight.float().sqrt()
+    weighted = side.centroids.float() * root[:, None]
+    of_channel = side.part[:, None].expand(-1, CENTROIDS, -1)
+    squares = weighted.new_zeros(heads, CENTROIDS, max(side.parts)).scatter_add_(2, of_channel, weighted.square())
+    to_integers = LONGEST / REACH / squares.amax(1).sqrt().clamp_min(1e-30)  # (H, M)
+    whole = (weighted * to_integers.gather(1, side.part)[:, None]).round()
+    halves = squares.zero_().scatter_add_(2, of_channel, whole.square()) / 2  # below 2^23: exact
+    number = torch.arange(CENTROIDS, dtype=torch.int32)
+    lengths = (halves.round().int() << 8 | number[:, None]).transpose(1, 2).contiguous()
+    slots = []
+    for head, parts in enumerate(side.parts):
+        own, bounds = order[head].tolist(), first[head].tolist()
+        taken = []
+        for begin, end in zip(bounds[:parts], bounds[1:], strict=False):
+            taken += own[begin:end] + [dim] * ((end - begin) % 2)
+        slots.append(taken)
+    most = max(map(len, slots))
+    index = torch.tensor([taken + [dim] * (most - len(taken)) for taken in slots])
+    minus = torch.nn.functional.pad(-16 * whole, (0, 1)).int()  # a channel of zeros for parts of odd size
+    chosen = minus.gather(2, index[:, None].expand(-1, CENTROIDS, -1)).unflatten(2, (-1, 2))
+    pairs = chosen[..., 0] & 0xFFFF | chosen[..., 1] << 16
+    scale = (root * to_integers.gather(1, side.part)).gather(1, order)
+    return scale.contiguous(), pairs.transpose(1, 2).contiguous(), lengths

@@ -12,6 +12,7 @@ constexpr int64_t kCentroids = 256;
 constexpr int64_t kBlock = 64;  // tokens; ROPE_BLOCK in cpu_kernels.py
 constexpr int64_t kLanes = 16;
 constexpr int64_t kVectors = kBlock / kLanes;
+constexpr float kLongest = 2047;  // of a vector in integers of twelve bits; LONGEST in cpu_kernels.py
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 typedef float Float16 __attribute__((vector_size(kLanes * 4)));

@@ -157,6 +157,18 @@ def excess(x: torch.Tensor, side: VectorQuantizer, codes: torch.Tensor) -> float
     return worst
 
 
+def near_tie() -> float:
+    """Return the excess that rounding explains: of float32, or of integers of twelve bits."""
+    return 3e-3 if torch.ops.effcli_kv_pq.integers() else 1e-5
+
+
+def test_vectors_too_long_for_integers_are_encoded_in_floats() -> None:
+    side = made.quantizer(2, 32, 10, steps=None)
+    x = torch.randn(1, 2, 64, 32, generator=torch.Generator().manual_seed(5))
+    x[:, :, ::7] *= 1e4
+    assert excess(x, side, cpu_kernels.encode(x, side)) < 1e-5
+
+
 @pytest.mark.parametrize("gains", [False, True])
 @pytest.mark.parametrize("parts", [64, 33, 20, 5])
 def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
@@ -164,14 +176,14 @@ def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
     x = 2 * torch.randn(2, 2, 75, 64, generator=torch.Generator().manual_seed(3))
     codes = cpu_kernels.encode(x, side)
     assert codes.shape == (2, 75, side.codes) and codes.dtype == torch.uint8
-    assert excess(x, side, codes) < 1e-5
-    assert (codes == side.encode(x)).float().mean() > 0.999
+    assert excess(x, side, codes) < near_tie()
+    assert (codes == side.encode(x)).float().mean() > (0.98 if torch.ops.effcli_kv_pq.integers() else 0.999)
 
 
 def test_encoding_takes_any_strides_and_types() -> None:
     side = made.quantizer(3, 32, 16, steps=None)
     x = torch.randn(2, 10, 3, 32, dtype=torch.bfloat16).transpose(1, 2)
-    assert excess(x, side, cpu_kernels.encode(x, side)) < 1e-5  # ties within rounding may go either way
+    assert excess(x, side, cpu_kernels.encode(x, side)) < near_tie()  # either may be taken
     assert cpu_kernels.encode(x[:, :, :0], side).shape == (2, 0, side.codes)
 
 
