@@ -422,7 +422,7 @@ def _integers(
     most = max(map(len, slots))
     index = torch.tensor([taken + [dim] * (most - len(taken)) for taken in slots])
     minus = torch.nn.functional.pad(-16 * whole, (0, 1)).int()  # a channel of zeros for parts of odd size
-    chosen = minus.gather(2, index[:, None].expand(-1, CENTROIDS, -1)).unflatten(2, (-1, 2))
+    chosen = minus.gather(2, index[:, None].expand(-1, CENTROIDS, -1)).view(heads, CENTROIDS, -1, 2)
     pairs = chosen[..., 0] & 0xFFFF | chosen[..., 1] << 16
     scale = (root * to_integers.gather(1, side.part)).gather(1, order)
     return scale.contiguous(), pairs.transpose(1, 2).contiguous(), lengths
