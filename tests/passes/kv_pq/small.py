@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import sdpa_mask
 
+from passes.kv_pq import attention
 from passes.kv_pq.codebooks import Codebooks, LayerCodebooks, ModelShape
 from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer
 from passes.kv_pq.rope import Rope, find_ropes
@@ -135,13 +136,16 @@ def coded_slots(length: int, recent: int) -> int:
 def quantized(
     layer: LayerCodebooks, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values (B, H, T, D) as the codes say them, in the codebooks' own words, float64."""
+    """Return keys and values (B, H, T, D) as the codes say them, in the codebooks' own words, float64.
+
+    Codes are the device's own: encoders take either of two centroids that are as near, and have tests of their own.
+    """
     positions = torch.arange(keys.shape[2]) - padding[:, None]
     k = layer.rope.rotate(keys.float(), positions, back=True) if layer.rope else keys.float()
-    k = layer.keys.decode(layer.keys.encode(k), torch.float64)
+    k = layer.keys.decode(attention.encode(k, layer.keys), torch.float64)
     if layer.rope:
         k = layer.rope.rotate(k, positions)
-    return k.double(), layer.values.decode(layer.values.encode(values.float()), torch.float64)
+    return k.double(), layer.values.decode(attention.encode(values.float(), layer.values), torch.float64)
 
 
 def dense_attention(
