@@ -324,16 +324,17 @@ def test_assignment_is_the_nearest_by_brute_force(dim: int, centroids: int, monk
     for points, expected in ((x, distance.argmin(-1)), (x[:, :1], distance[:, :1].argmin(-1))):
         found = assign(points, book)
         assert found.dtype == torch.int64
-        # within float32 rounding: two centroids may be as near as each other
+        # within the operator's rounding: two centroids may be as near as each other
         least, got = (distance[:, : points.shape[1]].gather(2, index[..., None]) for index in (expected, found))
-        assert (got - least).max() < 1e-5 and (found == expected).float().mean() > 0.999
+        assert (got - least).max() < 0.01 and (found == expected).float().mean() > 0.98
+        assert (got - least).mean() < 1e-4 * least.mean()
 
 
 def test_assignment_in_torch_and_in_the_operator_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, centroids = random(3, 300, 4, seed=3), random(3, 512, 4, seed=4)
     found = assign(x, centroids)
     monkeypatch.setattr("tests.benchmarks.kv_baselines.kmeans.cpu_kernels.available", lambda: "none here")
-    assert (assign(x, centroids) == found).float().mean() > 0.999
+    assert (assign(x, centroids) == found).float().mean() > 0.98
 
 
 def test_kmeans_finds_separate_clusters_and_leaves_no_centroid_empty() -> None:

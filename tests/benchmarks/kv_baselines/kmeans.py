@@ -17,9 +17,9 @@ BLOCK_CANDIDATES = 1 << 14
 def assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Return the index of the nearest centroid (P, K, S) for points (P, N, S): shape (P, N), int64.
 
-    Every distance is computed, in float32. On a CPU where the pass's C++ operator can be built it seeks among
-    256 centroids at a time, some 30 times as fast as a matrix product and a minimum in torch; elsewhere, and for other
-    numbers of centroids, torch does it.
+    Every distance is computed; of two that are nearly the same either may be taken. On a CPU where the pass's C++
+    operator can be built it seeks among 256 centroids at a time, some 30 times as fast as a matrix product and a
+    minimum in torch; elsewhere, and for other numbers of centroids, torch does it.
     """
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and centroids.shape[1] % CENTROIDS == 0
     if fits and cpu_kernels.available() is None:
