@@ -111,6 +111,7 @@ class KVPQPass(Pass):
                 "samples": parameters.samples,
                 "length": parameters.length,
                 "tokens": parameters.samples * parameters.length,
+                "random_share": parameters.random,
             },
             "bits_per_value": codebooks.bits_per_value,
             "codebook_bytes": codebooks.bytes,

@@ -103,6 +103,7 @@ def train(
             "give more samples, or longer ones"
         )
     ropes = _ropes(model, found.layers, parameters)
+    batches = _partly_random(batches, parameters.random, _vocabulary(model), generator)
     backward = max(1, GRADIENT_TOKENS // batches[0].numel()) if parameters.weighting == "attention" else 0
     samples = collect(
         model, batches, ropes, kv_heads=found.shape.kv_heads, kept=parameters.kept, vectors=VECTORS,
@@ -153,6 +154,22 @@ def train(
         layers, found.shape, parameters.kept, parameters.recent, {"parameters": parameters.model_dump(mode="json")}
     )
     return books, about
+
+
+def _partly_random(
+    batches: Sequence[torch.Tensor], share: float, vocabulary: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Return text (B, T) whose last windows are random tokens: the first ones, text, give the Fisher information."""
+    windows = torch.cat(list(batches))
+    count = int(share * len(windows))
+    if count:
+        windows[-count:] = torch.randint(vocabulary, windows[-count:].shape, generator=generator)
+    return list(torch.split(windows, len(batches[0])))
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
 
 
 def _ropes(model: PreTrainedModel, layers: Sequence[int], parameters: KVPQParameters) -> dict[int, Rope | None]:

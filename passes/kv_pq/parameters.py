@@ -26,6 +26,13 @@ class KVPQParameters(PassParameters):
     recent: int = Field(default=128, ge=1, description="Latest tokens that stay in full precision, at most.")
     samples: int = Field(default=32, ge=1, description="Calibration windows.")
     length: int = Field(default=512, ge=16, description="Tokens of one calibration window.")
+    random: float = Field(
+        default=0.25,
+        ge=0,
+        lt=1,
+        description="Share of the calibration windows that are random tokens: what has seen one text only serves others "
+        "worse.",
+    )
     per_head: bool = Field(
         default=True,
         description="Codebooks by layer and KV head; false: one for all keys and one for all values.",

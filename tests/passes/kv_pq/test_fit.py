@@ -169,3 +169,24 @@ def test_keys_that_cannot_be_turned_back() -> None:
         train(model.eval(), text, keys="before-rope")
     books, _ = train(model, text)
     assert books.layers[0].rope is None
+
+
+def test_a_share_of_the_windows_is_random_and_none_that_gives_the_fisher_information(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = list(torch.full((24, 64), 5).split(8))
+    seen: list[torch.Tensor] = []
+
+    def watched(model: Any, batches: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(batches)
+        assert bool((torch.cat(batches[: kwargs["gradient_batches"]])[:18] == 5).all())
+        raise PassError("seen enough")
+
+    monkeypatch.setattr(fit, "collect", watched)
+    with pytest.raises(PassError, match="seen enough"):
+        train(model, text, random=0.25)
+    windows = torch.cat(seen)
+    assert [tuple(batch.shape) for batch in seen] == [(8, 64)] * 3
+    assert bool((windows[:18] == 5).all())
+    assert windows[18:].unique().numel() > 80
+    assert all(bool((batch == 5).all()) for batch in text)  # what was given is as it was

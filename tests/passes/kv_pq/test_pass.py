@@ -56,7 +56,13 @@ def test_the_record_says_what_was_done(made: tuple[Path, Any, PassRecord]) -> No
     assert sum(of_values) / len(of_values) == pytest.approx(books.bits_per_value)
     assert books.bits_per_value <= 4.25
     details = record.details
-    assert details["calibration"] == {"text": "random tokens", "samples": 24, "length": 64, "tokens": 24 * 64}
+    assert details["calibration"] == {
+        "text": "random tokens",
+        "samples": 24,
+        "length": 64,
+        "tokens": 24 * 64,
+        "random_share": 0.25,
+    }
     assert (details["codebook_bytes"], details["bits_per_value"]) == (books.bytes, books.bits_per_value)
     assert (details["kept_tokens"], details["recent_tokens"]) == (4, 16)
     assert "bits a value" in record.summary
