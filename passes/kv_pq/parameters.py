@@ -30,7 +30,7 @@ class KVPQParameters(PassParameters):
         default=0.25,
         ge=0,
         lt=1,
-        description="Share of the calibration windows that are random tokens: what has seen one text serves others worse.",
+        description="Share of calibration windows that are random tokens: what has seen one text serves others worse.",
     )
     per_head: bool = Field(
         default=True,
