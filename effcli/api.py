@@ -122,7 +122,7 @@ def profile(
     tokenizer : PreTrainedTokenizerBase, optional
         For a live model; sources bring their own.
     only : sequence of str, optional
-        Profilers to run; default all installed.
+        Profilers to run; default all installed, but for those that run only when they are named.
     refuse_inapplicable : bool, optional
         Whether a profiler that has nothing to measure in this model is an error; else the report says why it was
         skipped. Default: an error if ``only`` names it.
@@ -173,6 +173,9 @@ def profile(
         from profilers.timing import PhaseTimings
 
         selected = registry.in_order(names)
+        if only is None:
+            selected = tuple(item for item in selected if item.default)
+            overall.advance(len(names) - len(selected))
         first: Peaks | None = None
         if isinstance(model, (str, Path)):
             from effcli import loading, sources

@@ -377,9 +377,15 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 
 def uses_attention_interface(model_class: type) -> bool:
-    """Tell from its source whether the architecture dispatches through transformers' attention interface."""
-    module = inspect.getmodule(model_class)
-    try:
-        return module is not None and "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module)
-    except OSError:
-        return False
+    """Tell from its source whether the architecture dispatches through transformers' attention interface.
+
+    A class that was made from an architecture, in a module of its own, counts as that architecture.
+    """
+    from transformers import PreTrainedModel
+
+    for base in itertools.takewhile(lambda base: base is not PreTrainedModel, model_class.__mro__):
+        module = inspect.getmodule(base)
+        with contextlib.suppress(OSError):
+            if module is not None and "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module):
+                return True
+    return False

@@ -161,6 +161,8 @@ class Profiler:
         Names of instruments whose results it reads when they run too; they run first.
     paper : str
         Source of the method.
+    default : bool
+        Whether it runs when the user names no instruments; False for one that takes long or that few need.
     """
 
     name: str
@@ -170,3 +172,4 @@ class Profiler:
     needs_weights: bool = True
     requires: tuple[str, ...] = ()
     paper: str = ""
+    default: bool = True

@@ -20,6 +20,7 @@ def command(
             {
                 "name": name,
                 "title": profiler.title,
+                "default": profiler.default,
                 "config_only": not profiler.needs_weights,
                 "source": profiler.paper,
             }
@@ -33,8 +34,10 @@ def command(
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("name", "measures", "--config-only", "source"):
+    for heading in ("name", "measures", "runs", "--config-only", "source"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(str(row["name"]), str(row["title"]), "yes" if row["config_only"] else "no", str(row["source"]))
+        runs = "by default" if row["default"] else "if named"
+        config_only = "yes" if row["config_only"] else "no"
+        table.add_row(str(row["name"]), str(row["title"]), runs, config_only, str(row["source"]))
     Console().print(table)

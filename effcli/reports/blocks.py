@@ -47,20 +47,26 @@ class Facts:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A value in 0 … 1 for each layer and head; ``None`` for a layer that has none.
+    """A value in 0 … 1 for each layer and head, or each pair of layers; ``None`` for a layer that has none.
 
     Attributes
     ----------
     title : str
     values : tuple of (tuple of float) or None
-        By layer, then head.
-    threshold : float
-        The value above which a head counts.
+        By layer, then row.
+    threshold : float or None
+        The value above which a head counts as a sink.
+    row : str
+        What goes from top to bottom: ``head`` or ``layer``.
+    value : str
+        Name of the value, for the legend.
     """
 
     title: str
     values: tuple[tuple[float, ...] | None, ...]
-    threshold: float
+    threshold: float | None
+    row: str = "head"
+    value: str = "α₁"
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _roofline_mark(drawing: Svg, x: float, y: float, rate: float, point: Report,
 
 
 def heat_map(heat: HeatMap, number: int = 0) -> str | None:
-    """Draw layers (left to right) × heads (top to bottom) with a colour scale."""
+    """Draw layers (left to right) × heads, or layers again, (top to bottom) with a colour scale."""
     heads = max((len(row) for row in heat.values if row is not None), default=0)
     if not heads:
         return None
@@ -162,11 +162,11 @@ def heat_map(heat: HeatMap, number: int = 0) -> str | None:
     wide = min(24.0, (WIDTH - left - RIGHT) / layers)
     tall = min(wide, 20.0) if layers < 100 else max(3.0, wide)
     floor = top + heads * tall
+    name = "sinks" if heat.threshold is not None else f"{heat.row}s"
     drawing = Svg(
-        f"sinks-{number}",
+        f"{name}-{number}",
         heat.title,
-        f"Heat map of {layers} layers by {heads} heads, values 0 to 1; {_above(heat)} heads above "
-        f"{fmt.short(heat.threshold)}.",
+        f"Heat map of {layers} layers by {heads} {heat.row}s, values 0 to 1{_above(heat)}.",
         WIDTH,
         floor + 84,
     )
@@ -178,23 +178,28 @@ def heat_map(heat: HeatMap, number: int = 0) -> str | None:
             drawing.add("rect", "cell none", reason, x=x, y=top, width=max(0.5, wide - 1), height=heads * tall)
             continue
         for head, value in enumerate(row):
-            above = " above" if value > heat.threshold else ""
-            tip = f"layer {layer}, head {head}: {fmt.significant(value)}{above and ', a sink'}" if each else None
+            sink = ", a sink" if heat.threshold is not None and value > heat.threshold else ""
+            tip = f"layer {layer}, {heat.row} {head}: {fmt.significant(value)}{sink}" if each else None
             kind = f"cell h{_level(value)}"
             drawing.add("rect", kind, tip, x=x, y=top + head * tall, width=_gap(wide), height=_gap(tall))
         if not each:
-            sinks = sum(value > heat.threshold for value in row)
-            tip = f"layer {layer}: {sinks} of {len(row)} heads are sinks, the strongest {fmt.significant(max(row))}"
-            drawing.add("rect", "hover", tip, x=x, y=top, width=wide, height=heads * tall)
+            drawing.add("rect", "hover", _of_layer(heat, layer, row), x=x, y=top, width=wide, height=heads * tall)
     step = max(1, round(layers / 12))
     for layer in range(0, layers, step):
         drawing.text("tick", left + (layer + 0.5) * wide, floor + 15, str(layer), "middle")
-    for head in sorted({0, heads - 1}):
+    for head in sorted({0, heads - 1}) if heat.row == "head" else range(0, heads, step):
         drawing.text("tick", left - 8, top + (head + 0.5) * tall + 4, str(head), "end")
     drawing.text("axis", left + layers * wide / 2, floor + 33, "layer", "middle")
-    drawing.text("axis", 0, 0, "head", "middle", transform=f"translate(16 {(top + floor) / 2:.0f}) rotate(-90)")
-    _legend(drawing, left, floor + 46, heat.threshold)
+    drawing.text("axis", 0, 0, heat.row, "middle", transform=f"translate(16 {(top + floor) / 2:.0f}) rotate(-90)")
+    _legend(drawing, left, floor + 46, heat)
     return drawing.render()
+
+
+def _of_layer(heat: HeatMap, layer: int, row: Sequence[float]) -> str:
+    if heat.threshold is None:
+        return f"layer {layer}: from {fmt.significant(min(row))} to {fmt.significant(max(row))}"
+    sinks = sum(value > heat.threshold for value in row)
+    return f"layer {layer}: {sinks} of {len(row)} heads are sinks, the strongest {fmt.significant(max(row))}"
 
 
 def _gap(size: float) -> float:
@@ -206,21 +211,28 @@ def _level(value: float) -> int:
 
 
 def _above(heat: HeatMap) -> str:
+    if heat.threshold is None:
+        return ""
     values = [value for row in heat.values if row is not None for value in row]
-    return f"{sum(value > heat.threshold for value in values)} of {len(values)}"
+    above = sum(value > heat.threshold for value in values)
+    return f"; {above} of {len(values)} heads above {fmt.short(heat.threshold)}"
 
 
-def _legend(drawing: Svg, left: float, y: float, threshold: float) -> None:
+def _legend(drawing: Svg, left: float, y: float, heat: HeatMap) -> None:
     size = 22.0
     for level in range(HEAT_LEVELS):
         drawing.add("rect", f"cell h{level}", x=left + level * size, y=y, width=size, height=10)
     for value in (0.0, 0.5, 1.0):
         drawing.text("tick", left + value * HEAT_LEVELS * size, y + 25, fmt.short(value), "middle")
+    right, threshold = left + HEAT_LEVELS * size + 14, heat.threshold
+    if threshold is None:
+        drawing.text("label", right, y + 9, heat.value)
+        return
     mark = left + threshold * HEAT_LEVELS * size
     drawing.line("threshold", mark, y - 3, mark, y + 13)
     if min(abs(threshold - value) for value in (0.0, 0.5, 1.0)) > 0.12:
         drawing.text("tick", mark, y + 25, f"ε {fmt.short(threshold)}", "middle")
-    drawing.text("label", left + HEAT_LEVELS * size + 14, y + 9, f"α₁; {_plural(threshold)}")
+    drawing.text("label", right, y + 9, f"{heat.value}; {_plural(threshold)}")
 
 
 def _plural(threshold: float) -> str:

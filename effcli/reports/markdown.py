@@ -90,12 +90,14 @@ def _table(table: Table) -> Iterator[str]:
 
 
 def _heat_map(heat_map: HeatMap) -> Iterator[str]:
-    grid, note = downsample(heat_map.values, MOST_LAYERS, MOST_HEADS)
+    grid, note = downsample(heat_map.values, MOST_LAYERS, MOST_HEADS, heat_map.row)
     yield "```text"
     for head in range(len(grid[0]) if grid else 0):
         yield "".join(shade(layer[head]) for layer in grid)
     yield "```"
     yield ""
-    legend = f"Layers left to right, heads top to bottom; shades {' '.join(SHADES[1:])} from 0 to 1, · not applicable. "
-    yield f"_{legend}Threshold {fmt.short(heat_map.threshold)}. {note}_".replace(" _", "_")
+    legend = f"Layers left to right, {heat_map.row}s top to bottom; shades {' '.join(SHADES[1:])} from 0 to 1, "
+    legend += "· not applicable. "
+    threshold = "" if heat_map.threshold is None else f"Threshold {fmt.short(heat_map.threshold)}. "
+    yield f"_{legend}{threshold}{note}_".replace(" _", "_")
     yield ""

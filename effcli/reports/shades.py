@@ -22,7 +22,9 @@ def _edges(length: int, most: int) -> list[int]:
     return [round(cell * length / cells) for cell in range(cells + 1)] if cells else [0]
 
 
-def downsample(values: Sequence[Sequence[float] | None], most_layers: int, most_heads: int) -> tuple[Grid, str]:
+def downsample(
+    values: Sequence[Sequence[float] | None], most_layers: int, most_heads: int, row: str = "head"
+) -> tuple[Grid, str]:
     """Return ``values`` by layer and head as a rectangle of at most this size, and a note on what was averaged.
 
     A cell is the mean of the layers and heads it stands for; None where none of them has a value.
@@ -39,5 +41,5 @@ def downsample(values: Sequence[Sequence[float] | None], most_layers: int, most_
     note = ""
     if len(values) > most_layers or heads > most_heads:
         shown = f"{len(grid)} × {len(head_edges) - 1}"
-        note = f"Shrunk to fit: {len(values)} layers × {heads} heads shown as {shown}, averaged."
+        note = f"Shrunk to fit: {len(values)} layers × {heads} {row}s shown as {shown}, averaged."
     return grid, note

@@ -113,11 +113,12 @@ def _table(table: Table) -> RichTable:
 
 
 def _heat_map(heat_map: HeatMap, width: int) -> Iterator[RenderableType]:
-    label = 8
+    first = "head 1" if heat_map.row == "head" else f"{heat_map.row} 0"
+    label = len(first) + 2
     room = max(8, width - 2 * INDENT - label)
-    grid, note = downsample(heat_map.values, room, MOST_HEADS)
+    grid, note = downsample(heat_map.values, room, MOST_HEADS, heat_map.row)
     cell = max(1, min(2, room // max(1, len(grid))))
-    yield Padding(_cells(grid, cell, label), (0, INDENT))
+    yield Padding(_cells(grid, cell, label, first), (0, INDENT))
     legend = Text(" " * label)
     steps = len(SHADES)
     for step in range(1, steps):
@@ -125,15 +126,16 @@ def _heat_map(heat_map: HeatMap, width: int) -> Iterator[RenderableType]:
         legend.append(f" {step / steps:.1f}–{(step + 1) / steps:.1f}  ", style="dim")
     legend.append(f"blank below {1 / steps:.1f}", style="dim")
     yield Padding(legend, (0, INDENT))
-    caption = f"{len(heat_map.values)} layers left to right, heads top to bottom; ε = {fmt.short(heat_map.threshold)}."
+    threshold = "" if heat_map.threshold is None else f"; ε = {fmt.short(heat_map.threshold)}"
+    caption = f"{len(heat_map.values)} layers left to right, {heat_map.row}s top to bottom{threshold}."
     yield Padding(Text(f"{caption} {note}".strip(), style="dim"), (0, INDENT))
 
 
-def _cells(grid: Grid, cell: int, label: int) -> Text:
+def _cells(grid: Grid, cell: int, label: int, first: str) -> Text:
     drawn = Text(no_wrap=True)
     heads = len(grid[0]) if grid else 0
     for head in range(heads):
-        text = "head 1" if head == 0 else ("last" if head == heads - 1 else "")
+        text = first if head == 0 else ("last" if head == heads - 1 else "")
         drawn.append(f"{text:>{label - 2}} │", style="dim")
         for layer in grid:
             mark = shade(layer[head])

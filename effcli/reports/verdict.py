@@ -6,6 +6,7 @@ from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports.blocks import Report, items, main_point, profile, ratio, where
 from effcli.reports.sections.intensity import PAPER_CLAIM
+from effcli.reports.sections.redundancy import cheapest
 from effcli.reports.sections.sinks import quoted_points
 
 NOTABLE_COPY = 0.02  # share of decode's bytes from which copying the cache is worth a sentence
@@ -30,6 +31,7 @@ def profile_verdict(report: Report) -> list[str]:
         *_kv(report),
         *_sinks(report),
         *_energy(report),
+        *cheapest(profile(report, "redundancy") or {}),
     ]
     if sentences:
         return sentences

@@ -74,6 +74,16 @@ def test_what_does_not_apply_is_skipped_with_its_reason_unless_it_was_asked_for(
     assert "needs weights" in effcli.profile(model).skipped["deep-thought"]
 
 
+def test_a_profiler_that_is_not_for_every_run_runs_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Profiler("asked", "Asked", run=lambda _: Answer(42), result_type=Answer, default=False, needs_weights=False)
+    with_profiler(monkeypatch, asked)
+    model = build("llama", device="meta")
+    report = effcli.profile(model, context=(32,))
+    assert "asked" not in report.profiles and "asked" not in report.skipped
+    assert not {"redundancy"} & {*report.profiles, *report.skipped}
+    assert set(effcli.profile(model, only=("asked",)).profiles) == {"asked"}
+
+
 def test_a_third_partys_result_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     profiler = Profiler(name="deep-thought", title="Deep Thought", run=lambda _: Answer(42), result_type=Answer)
     with_profiler(monkeypatch, profiler)

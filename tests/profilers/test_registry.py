@@ -7,7 +7,7 @@ import pytest
 from profilers import registry
 from profilers.base import Profiler, ProfilerError
 
-BUILT_IN = {"intensity", "sinks", "kv", "latency", "energy", "outliers"}
+BUILT_IN = {"intensity", "sinks", "kv", "latency", "energy", "outliers", "redundancy"}
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from effcli.formatting import printable
 from effcli.reports.blocks import Column, Report, Section, Table, profile
-from effcli.reports.sections import energy, generic, intensity, kv, latency, outliers, setup, sinks
+from effcli.reports.sections import energy, generic, intensity, kv, latency, outliers, redundancy, setup, sinks
 
 BUILDERS: dict[str, Callable[[Report, Report], Section]] = {
     "intensity": intensity.section,
@@ -15,6 +15,7 @@ BUILDERS: dict[str, Callable[[Report, Report], Section]] = {
     "sinks": sinks.section,
     "energy": energy.section,
     "outliers": outliers.section,
+    "redundancy": redundancy.section,
 }
 
 

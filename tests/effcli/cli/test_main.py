@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,9 @@ def test_profilers_lists_what_only_takes(capsys: pytest.CaptureFixture[str]) -> 
     rows = {row["name"]: row for row in json.loads(out)}
     assert set(rows) >= {"intensity", "sinks", "kv", "latency", "energy", "outliers"}
     assert rows["kv"]["config_only"] and not rows["sinks"]["config_only"]
+    assert [name for name, row in rows.items() if not row["default"]] == ["redundancy"]
+    _, out, _ = run(capsys, "profilers")
+    assert re.search(r"redundancy .*if named", out) and re.search(r"kv .*by default", out)
 
 
 def test_models_lists_the_built_in_model(

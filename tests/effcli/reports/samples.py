@@ -12,6 +12,7 @@ from profilers.kv_cache import KVLayer, KVPoint, KVResult
 from profilers.latency import LatencyPoint, LatencyResult
 from profilers.outliers import OutlierRow, OutliersResult
 from profilers.peaks import Peaks, WorkingSetBandwidth
+from profilers.redundancy import LayerRedundancy, RedundancyResult, TiedGroup
 from profilers.sinks import MassiveActivation, PerturbationSpread, SinkPoint, SinkPosition, SinksResult
 from profilers.timing import Distribution
 
@@ -265,6 +266,70 @@ def outliers() -> OutliersResult:
     )
 
 
+def redundancy() -> RedundancyResult:
+    """Six layers of two kinds; the middle ones are cheap."""
+    skips = (8.62, 0.62, 0.17, 0.153, 0.31, 3.24)
+
+    def layer(index: int) -> LayerRedundancy:
+        damage = skips[index]
+        kind, reason = (1, "not the weight of a linear layer: experts (4×8×8)") if index == 5 else (0, None)
+        return LayerRedundancy(
+            index, kind, 0.97 - 0.01 * index, 0.08, damage, (0.9 * damage, 1.1 * damage), None, reason
+        )
+
+    def group(first: int, size: int) -> TiedGroup:
+        damage = size * 0.2 + abs(first - 2) * 0.5
+        return TiedGroup(tuple(range(first, first + size)), damage, (0.8 * damage, 1.2 * damage), None)
+
+    return RedundancyResult(
+        text="Python language reference",
+        context=128,
+        similarity_tokens=1024,
+        cka_tokens=1016,
+        damage_tokens=381,
+        tie_weights="average",
+        confidence=0.95,
+        kinds=("DecoderLayer, q_proj 8×8", "DecoderLayer, router 4×8"),
+        layers=tuple(layer(index) for index in range(6)),
+        block_angular_distances=tuple(tuple(0.1 * size for _ in range(7 - size)) for size in range(1, 7)),
+        cka=tuple(tuple(1 - abs(i - j) / 6 for j in range(6)) for i in range(6)),
+        cka_reason=None,
+        groups=tuple(group(first, size) for size in (2, 3, 4) for first in range(6 - size)),
+        notes=("groups of 5 layers were not tied",),
+    )
+
+
+def unknown_redundancy(reason: str) -> RedundancyResult:
+    """Nothing is known, for this reason."""
+    known = redundancy()
+    nothing = {"skip_kl_nats_per_token": None, "skip_kl_interval": None, "skip_reason": reason}
+    return replace(
+        known,
+        text=reason,
+        kinds=(reason, reason),
+        layers=tuple(
+            replace(
+                layer,
+                input_output_cosine=None,
+                input_output_angular_distance=None,
+                unshareable_reason=reason,
+                **nothing,
+            )
+            for layer in known.layers
+        ),
+        block_angular_distances=tuple((None,) * (7 - size) for size in range(1, 7)),
+        cka=(),
+        cka_reason=reason,
+        groups=tuple(replace(group, kl_nats_per_token=None, kl_interval=None, reason=reason) for group in known.groups),
+        notes=(reason,),
+    )
+
+
+def redundant() -> ProfileReport:
+    """What ``--only redundancy`` gives."""
+    return replace(full(), profiles={"redundancy": redundancy()})
+
+
 def model_info() -> ModelInfo:
     return ModelInfo(
         source="smollm2-135m",
@@ -411,6 +476,7 @@ def bare() -> ProfileReport:
             "sinks": no_sinks,
             "energy": no_energy(),
             "outliers": replace(outliers(), rows=()),
+            "redundancy": unknown_redundancy("not measured"),
         },
         skipped={"latency": "needs weights"},
         warnings=("the machine was busy",),
@@ -430,6 +496,7 @@ def hostile() -> ProfileReport:
         profiles={
             **full().profiles,
             "sinks": replace(sinks(), text=HOSTILE),
+            "redundancy": unknown_redundancy(HOSTILE),
             "third_party": {
                 HOSTILE: HOSTILE,
                 "score": 0.25,

@@ -28,6 +28,7 @@ REPORTS = {
     "config_only": samples.config_only,
     "bare": samples.bare,
     "hostile": samples.hostile,
+    "redundant": samples.redundant,
 }
 TEXT_FORMATS = ("human", "markdown", "html")
 ESCAPE = "\x1b"
