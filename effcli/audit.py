@@ -78,7 +78,13 @@ class _Tally:
     elements: int = 0
 
 
-def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord], passes: Sequence[Pass] = ()) -> Audit:
+def audit(
+    folder: Path,
+    model: PreTrainedModel,
+    records: Sequence[PassRecord],
+    passes: Sequence[Pass] = (),
+    parameters: int | None = None,
+) -> Audit:
     """Check every tensor of a checkpoint and say how it is stored.
 
     Parameters
@@ -90,7 +96,9 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord], p
     records : sequence of PassRecord
         Of the passes that made it; their ``skipped`` layers need not be quantized.
     passes : sequence of Pass
-        That made it; each checks the files that it put beside the weights.
+        That made it; each checks the files that it wrote.
+    parameters : int, optional
+        Of the original, where ``model`` has fewer; default: those of ``model``.
 
     Raises
     ------
@@ -146,7 +154,7 @@ def audit(folder: Path, model: PreTrainedModel, records: Sequence[PassRecord], p
         notes=(*_notes(stored, cache, claims), *found_there),
         stored_bytes=sum(item.bytes for item in stored.values()),
         file_bytes=file_bytes + sum((folder / row.tensor_class).stat().st_size for row in added),
-        parameters=sum(item.numel() for item in model.parameters()),
+        parameters=parameters or sum(item.numel() for item in model.parameters()),
     )
 
 
@@ -180,7 +188,7 @@ def _beside(
             )
         )
     try:
-        return rows, [note for item in passes if item.files for note in item.check_files(folder, model)]
+        return rows, [note for item in passes for note in item.check_files(folder, model)]
     except PassError as error:
         raise AuditError(str(error)) from error
 

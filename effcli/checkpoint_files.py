@@ -85,11 +85,13 @@ def check_trust(config: dict[str, Any], where: str, *, trust_remote_code: bool) 
         For an unknown architecture, or one that is known only to code that is not trusted.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     model_type = config.get("model_type")
     known = model_type in CONFIG_MAPPING_NAMES
     auto_map = config.get("auto_map")
+    if not known and isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return None  # registered in this process, by a pass of ours: transformers takes that before the folder's code
     if auto_map and trust_remote_code:
         return "runs the code that came with the checkpoint, as asked with --trust-remote-code"
     if auto_map and known:

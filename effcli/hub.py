@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli import builtin_models
+from effcli import builtin_models, pass_models
 from effcli.checkpoint_files import CONFIG, PICKLE_SUFFIXES, PIPELINE, check_trust, read_json
 from effcli.disk import free_bytes
 from effcli.errors import NoRoomError, SourceError, did_you_mean
@@ -90,6 +90,7 @@ class HubModel:
             patterns += _CODE
         try:
             folder = self._download(info, patterns, None)  # small files first: a refusal should not cost a download
+            pass_models.register(folder)
             check_trust(
                 read_json(folder / CONFIG), f"hub model '{self.spec}'", trust_remote_code=self.trust_remote_code
             )
@@ -200,6 +201,7 @@ class HubModel:
                 f"{', '.join(builtin_models.CATALOGUE)}"
             ) from None
         if (folder / CONFIG).is_file():
+            pass_models.register(folder)
             check_trust(
                 read_json(folder / CONFIG), f"hub model '{self.spec}'", trust_remote_code=self.trust_remote_code
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effcli import builtin_models, gguf_files, provenance
+from effcli import builtin_models, gguf_files, pass_models, provenance
 from effcli.checkpoint_files import (
     CONFIG,
     WeightFiles,
@@ -243,6 +243,7 @@ class _Folder:
         self._folder = config_file.parent
         self._trust = trust_remote_code
         raw = read_json(config_file)
+        pass_models.register(self._folder)
         note = check_trust(raw, f"'{config_file}'", trust_remote_code=trust_remote_code)
         self.notes = [note] if note else []
         self.config = AutoConfig.from_pretrained(
@@ -366,6 +367,8 @@ def _auto_class(config: PreTrainedConfig, spec: str, *, trust_remote_code: bool)
     if not other_task:
         if config.is_encoder_decoder and model_type in seq2seq:
             return transformers.AutoModelForSeq2SeqLM
+        if type(config) in transformers.AutoModelForCausalLM._model_mapping._extra_content:
+            return transformers.AutoModelForCausalLM  # registered by a pass
         if model_type in causal and (not encoder or getattr(config, "is_decoder", False)):
             return transformers.AutoModelForCausalLM
     named = other_task[0] if other_task else (architectures[0] if architectures else model_type)

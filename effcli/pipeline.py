@@ -303,7 +303,7 @@ class Run:
             del loaded
             _release(job.device)
         with self.times.stage("audit", own=True):
-            found = audit(folder, self._expected_model(folder), records, job.chain[:number])
+            found = audit(folder, self._expected_model(folder), records, job.chain[:number], parameters=job.parameters)
         return {
             "record": plain(record),
             "audit": plain(found),
@@ -379,7 +379,7 @@ def _carry_weights(loaded: LoadedModel, previous: Path | None, folder: Path) -> 
         return
     for path in previous.glob("*.safetensors"):  # weights, and what passes put beside them
         link_or_copy(path, folder / path.name)
-    for path in previous.glob("*.json"):  # copies: a pass may write into its config
+    for path in (*previous.glob("*.json"), *previous.glob("*.py")):  # copies: a pass may write into its config
         if path.name != provenance.FILE:
             shutil.copyfile(path, folder / path.name)
 

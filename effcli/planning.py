@@ -75,14 +75,14 @@ def plan(
     """
     from effcli import loading, sources
     from effcli.api import profile as measure
+    from effcli.preflight import check_chain
 
     started = time.perf_counter()
     chain = recipe.chain() if recipe is not None else ()  # a wrong name is said before anything is measured
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = sources.resolve(str(model), revision=revision, progress=progress, **trust)
     bare = loading.load(source, device=device, dtype=dtype, config_only=True, progress=progress, **trust)
-    for item in chain:
-        item.check(bare.model)
+    check_chain(chain, bare.model)
     if profile is None:
         limit = getattr(bare.config.get_text_config(decoder=True), "max_position_embeddings", None)
         chosen = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
@@ -215,7 +215,11 @@ def plan_chain(chain: Sequence[Pass], profile: ModelProfile, steps: Sequence[Ste
         prediction = item.plan(profile)
         planned.append(_planned(item, step, prediction))
         known = {key: value for key, value in dataclasses.asdict(prediction.figures).items() if value is not None}
-        profile = dataclasses.replace(profile, figures=dataclasses.replace(profile.figures, **known))
+        profile = dataclasses.replace(
+            profile,
+            model=item.shapes_after(profile.model),
+            figures=dataclasses.replace(profile.figures, **known),
+        )
     return tuple(planned)
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ from passes.base import Pass
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from effcli.evaluation import EvaluationText
     from effcli.loading import LoadedModel
@@ -151,6 +152,7 @@ class Job:
             "licence": licence_of(self.source, card),
             "base_model": self.spec if self.source.kind == "hub" else _named_in(card, "base_model"),
             "quantized": quantized_before(self.source)[0],
+            "passes": _passes_of(self.source),
         }
 
 
@@ -176,6 +178,8 @@ def prepare(
     clock = times or Times()
     with clock.stage("check", own=True):
         chain = recipe.chain()
+        for item in chain:
+            item.check_complete()
         parsed = tuple(gates.parse(text) for text in recipe.gates)
         loading.check_dtype_name(options.dtype)
         device, _ = loading.choose_device(options.device)
@@ -203,8 +207,7 @@ def prepare(
         check_context(bare.config, context)
         check_context(bare.config, recipe.evaluation.context)
     with clock.stage("passes: check", own=False):
-        for item in chain:
-            item.check(bare.model)
+        check_chain(chain, bare.model)
     with clock.stage("quality: texts", own=False):
         vocabulary = bare.config.get_text_config(decoder=True).vocab_size
         texts = evaluation_windows(bare.tokenizer, vocabulary, recipe.evaluation, recipe.calibration, recipe.seed)
@@ -229,6 +232,26 @@ def prepare(
             {path: digest for path, digest in digests.items() if path.suffix in _WEIGHT_SUFFIXES}
         ),
     )
+
+
+def _passes_of(source: Source) -> list[str]:
+    """Return the passes that made a source, in order; empty where none did."""
+    assert source.path is not None
+    made = provenance.read(source.path) if source.path.is_dir() else None
+    return [*made.source.get("passes", ()), *(record.name for record in made.passes)] if made else []
+
+
+def check_chain(chain: Sequence[Pass], model: PreTrainedModel) -> None:
+    """Hold each pass against the model as the ones before it leave it, on the meta device.
+
+    Raises
+    ------
+    passes.base.PassError
+    """
+    for number, item in enumerate(chain, start=1):
+        item.check(model)
+        if number < len(chain):
+            model = item.shapes_after(model)
 
 
 def _check_nothing_is_lost(spec: str, folder: Path) -> None:

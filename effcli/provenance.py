@@ -27,7 +27,7 @@ class Provenance:
         ISO 8601, UTC.
     source : dict
         ``spec``, ``kind``, ``revision``, ``fingerprint``, ``files`` (sha256 by name), ``licence``, ``base_model``,
-        ``quantized``.
+        ``quantized``, ``passes`` (names of those that made it).
     recipe : dict
         As :class:`effcli.recipes.Recipe` reads it.
     passes : tuple of PassRecord

@@ -384,9 +384,28 @@ class Pass(ABC):
         """
         return None
 
+    def check_complete(self) -> None:
+        """Refuse parameters that are enough to plan with and not enough to run with.
+
+        Raises
+        ------
+        PassError
+        """
+        return None
+
     @abstractmethod
     def plan(self, profile: ModelProfile) -> Prediction:
         """Predict what the pass will do on this device."""
+
+    def shapes_after(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the model as later passes of a chain plan from it, where this one changes its structure.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            On the meta device; left as it is.
+        """
+        return model
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
@@ -416,6 +435,23 @@ class Pass(ABC):
             Naming the tensor and what is wrong with it.
         """
         return ()
+
+    @classmethod
+    def register_model(cls, folder: Path) -> None:
+        """Make the classes of a checkpoint that this pass wrote known to transformers, before its config is read.
+
+        They come from the pass's own package: no code of the folder may run.
+
+        Parameters
+        ----------
+        folder : Path
+
+        Raises
+        ------
+        PassError
+            If this installation has not what the checkpoint needs.
+        """
+        return None
 
     def load(self, folder: Path, model: PreTrainedModel, options: LoadOptions) -> LoadRecord:
         """Prepare a model that transformers has just read from ``folder`` to run as this pass means it to.

@@ -84,6 +84,8 @@ class QuantizePass(Pass):
         parameters = self.parameters
         if getattr(model.config, "quantization_config", None) is not None:
             raise PassError("the model is quantized already (its config has a quantization_config); give the original")
+        if "smoothquant" in parameters.chosen_method or parameters.chosen_method == "awq":
+            _check_smoothed(model, parameters)
         found = targets.find(model, parameters)
         group_size = targets.choose_group_size(found.layers, parameters)
         require_extra()
@@ -216,6 +218,17 @@ class QuantizePass(Pass):
         from passes.quantize.kernels import repack
 
         return repack(model, options)
+
+
+def _check_smoothed(model: PreTrainedModel, parameters: QuantizeParameters) -> None:
+    """Refuse to move scales between norms and linears that several norms feed."""
+    from passes.loop.modeling_looped import LoopedLinear
+
+    if any(isinstance(module, LoopedLinear) for module in model.modules()):
+        raise PassError(
+            f"method={parameters.chosen_method} moves scales from each layer's norm into the linears after it, and "
+            f"those of {type(model).__name__} are shared by several layers; use method=gptq, or method=rtn"
+        )
 
 
 def _records(

@@ -8,6 +8,9 @@
                                      │   3. every sample through the quantized layer: inputs of the next one
                                      └─> layers/0001.safetensors, then layers/0001.json: this layer is done
 
+Layers that run with one shared linear (a looped model's) are one part: the linear is observed in each of its loops, and
+quantized once.
+
 The graph is cut at decoder layers by llm-compressor's tracer, and its lifecycle events drive its modifiers; the loop is
 ours (after ``llmcompressor/pipelines/sequential/pipeline.py``), because activations go through files
 (:mod:`passes.quantize.spool`), each finished layer is kept on disk, and what no later layer needs is not computed.
@@ -42,6 +45,7 @@ from torch.fx.proxy import TraceError
 from transformers import PreTrainedModel
 
 from passes.base import PassError
+from passes.loop.modeling_looped import LoopedLinear
 from passes.quantize.modifiers import InputsDivergedError, SharedGPTQ
 from passes.quantize.smoothing import PROBE_TOKENS, SpooledAWQ, check_identity
 from passes.quantize.spool import Spool
@@ -227,10 +231,12 @@ class _Run:
         self.device = device
         self.home = model.device
         self.names = {module: name for name, module in model.named_modules()}
-        quantized = [_is_quantized(subgraph, model) for subgraph in subgraphs]
+        parts = _parts(subgraphs, model)
+        quantized = [any(hasattr(item, "quantization_scheme") for item in _modules(part, model)) for part in parts]
         # What comes after the last part with something to quantize is not needed.
-        self.count = len(subgraphs) - quantized[::-1].index(True)
-        self.subgraphs = subgraphs[: self.count]
+        self.count = len(parts) - quantized[::-1].index(True)
+        self.parts = parts[: self.count]
+        self.subgraphs = [subgraph for part in self.parts for subgraph in part]
         self.quantized = quantized[: self.count]
         self.spool = Spool(folder / SPOOL)
         self.layers = folder / LAYERS
@@ -256,31 +262,36 @@ class _Run:
 
     def _part(self, index: int, state: dict[str, Any], task: Task) -> dict[str, Any]:
         """Calibrate one part, and put its results on disk."""
-        subgraph = self.subgraphs[index]
-        with _moved(subgraph.submodules(self.model, recurse=False), self.device, self.home):
+        part = self.parts[index]
+        modules = _modules(part, self.model)
+        with _moved(_modules(part, self.model, recurse=False), self.device, self.home):
             if self.quantized[index]:
-                self._observe(subgraph, task)
-                LifecycleCallbacks.sequential_epoch_end(subgraph.submodules(self.model))
-                state = self._add_results(subgraph, state)
+                self._observe(part, task)
+                LifecycleCallbacks.sequential_epoch_end(modules)
+                state = self._add_results(modules, state)
             if index < self.count - 1:
                 with HooksMixin.disable_hooks():
                     for sample in range(self.samples):
-                        self.spool.write(sample, self._forward(subgraph, sample))
+                        for subgraph in part:
+                            self.spool.write(sample, self._forward(subgraph, sample))
                         task.advance()
             self._save(index, state)
-        self.spool.delete(subgraph.consumed_names)
+        self.spool.delete(name for subgraph in part for name in subgraph.consumed_names)
         return state
 
-    def _observe(self, subgraph: Subgraph, task: Task) -> None:
+    def _observe(self, part: Sequence[Subgraph], task: Task) -> None:
         """Run every sample through a part with the modifiers' hooks on."""
         for sharing in (True, False):
             if self.gptq is not None:
                 self.gptq.begin_layer(sharing=sharing)
             try:
                 for sample in range(self.samples):
-                    if self.gptq is not None:
-                        self.gptq.begin_sample()
-                    self._forward(subgraph, sample)
+                    for subgraph in part:
+                        if self.gptq is not None:
+                            self.gptq.begin_sample()
+                        outputs = self._forward(subgraph, sample)
+                        if subgraph is not part[-1]:
+                            self.spool.write(sample, outputs)
                     if sharing:
                         task.advance()
             except InputsDivergedError:
@@ -293,9 +304,9 @@ class _Run:
         )
         return outputs
 
-    def _add_results(self, subgraph: Subgraph, state: dict[str, Any]) -> dict[str, Any]:
+    def _add_results(self, modules: Sequence[nn.Module], state: dict[str, Any]) -> dict[str, Any]:
         errors = dict(state["errors"])
-        for module in subgraph.submodules(self.model):
+        for module in modules:
             if _has_weight_scheme(module):
                 name = self.names[module]
                 errors[name] = self.gptq.errors[name] if self.gptq is not None else weight_error(module)
@@ -312,7 +323,7 @@ class _Run:
         """Return what calibrating a part may change: every tensor of its modules but embeddings and observers."""
         return {
             f"{self.names[module]}.{key}": tensor
-            for module in self.subgraphs[index].submodules(self.model)
+            for module in _modules(self.parts[index], self.model)
             if module in self.names and not isinstance(module, nn.Embedding)
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         }
@@ -376,7 +387,7 @@ def _cut(model: PreTrainedModel, sample: torch.Tensor) -> list[Subgraph]:
             f"{type(model).__name__} cannot be cut into layers for calibration ({reason}); "
             "use method=rtn, which needs none"
         ) from error
-    if not any(_is_quantized(subgraph, model) for subgraph in subgraphs):
+    if not any(hasattr(module, "quantization_scheme") for module in _modules(subgraphs, model)):
         raise PassError(
             f"{type(model).__name__} was cut into {len(subgraphs)} parts, none of which has a layer to quantize; "
             "use method=rtn, which needs no calibration"
@@ -384,8 +395,30 @@ def _cut(model: PreTrainedModel, sample: torch.Tensor) -> list[Subgraph]:
     return subgraphs
 
 
-def _is_quantized(subgraph: Subgraph, model: nn.Module) -> bool:
-    return any(hasattr(module, "quantization_scheme") for module in subgraph.submodules(model))
+def _modules(part: Sequence[Subgraph], model: nn.Module, *, recurse: bool = True) -> list[nn.Module]:
+    """Return the modules that a part runs, shared linears included, each once; without ``recurse`` the outermost."""
+    direct = [module for subgraph in part for module in subgraph.submodules(model, recurse=recurse)]
+    return list(dict.fromkeys([*direct, *(linear for subgraph in part for linear in _shared(subgraph, model))]))
+
+
+def _shared(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:
+    """Return the linears that a subgraph's layers run with and do not hold themselves."""
+    return [module.shared for module in subgraph.submodules(model) if isinstance(module, LoopedLinear)]
+
+
+def _parts(subgraphs: Sequence[Subgraph], model: nn.Module) -> list[list[Subgraph]]:
+    """Put subgraphs that run with one shared linear, and those between them, into one part."""
+    last: dict[nn.Module, int] = {}
+    for index, subgraph in enumerate(subgraphs):
+        last |= dict.fromkeys(_shared(subgraph, model), index)
+    parts: list[list[Subgraph]] = []
+    until = -1
+    for index, subgraph in enumerate(subgraphs):
+        if index > until:
+            parts.append([])
+        parts[-1].append(subgraph)
+        until = max([until, index, *(last[linear] for linear in _shared(subgraph, model))])
+    return parts
 
 
 def _has_weight_scheme(module: nn.Module) -> bool:

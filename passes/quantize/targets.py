@@ -31,6 +31,7 @@ FUSED = (
 ROUTERS = ("gate", "router", "shared_expert_gate")
 # transformers reads all experts of a checkpoint with one scheme.
 EXPERTS_GROUP = "experts"
+_NAMED_WEIGHT = r"\bmodule\.(\w+)\.weight\b"
 _EXPERT_NAME = re.compile(r"\.experts\.\d+\.")
 
 
@@ -258,8 +259,11 @@ def _initialized_by_name(model: PreTrainedModel) -> frozenset[str]:
 
     transformers calls it on every module that a checkpoint did not fill plainly, and a packed layer has no ``weight``.
     """
-    source = inspect.getsource(type(model)._init_weights)
-    return frozenset(re.findall(r"\bmodule\.(\w+)\.weight\b", source))
+    from transformers import PreTrainedModel
+
+    own = [base.__dict__["_init_weights"] for base in type(model).__mro__ if "_init_weights" in base.__dict__]
+    own = [item for item in own if item is not PreTrainedModel.__dict__["_init_weights"]]
+    return frozenset(name for item in own for name in re.findall(_NAMED_WEIGHT, inspect.getsource(item)))
 
 
 def _fused_group(name: str, model: PreTrainedModel) -> str:

@@ -1,0 +1,270 @@
+"""The loop pass: layers that share their weights, each block stored once, with a small part of each layer's own.
+
+See ``docs/passes/loop.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from passes import calibration_text
+from passes.base import (
+    LayerRecord,
+    LoadOptions,
+    LoadRecord,
+    ModelProfile,
+    Pass,
+    PassContext,
+    PassError,
+    PassRecord,
+    Prediction,
+    Skipped,
+)
+from passes.loop.parameters import LoopParameters
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from passes.loop.blocks import FittedPlan
+    from passes.loop.layout import LoopPlan, Sizes
+    from passes.loop.targets import Structure
+
+__all__ = ["LoopParameters", "LoopPass"]
+
+SHARD_BYTES = 2 * 10**9
+
+
+class LoopPass(Pass):
+    """Runs several layers with one set of linear weights, stored once."""
+
+    name = "loop"
+    title = "Layers that share their weights (looped transformer)"
+    papers = (
+        "Bae et al., Relaxed Recursive Transformers, ICLR 2025, arXiv:2410.20672",
+        "Dehghani et al., Universal Transformers, ICLR 2019, arXiv:1807.03819",
+        "Lan et al., ALBERT, ICLR 2020, arXiv:1909.11942",
+    )
+    parameters_type = LoopParameters
+    changes = frozenset({"weights", "structure"})
+    before = ("quantize",)
+    excludes = ("loop",)
+    gentler = "rank=128"
+
+    parameters: LoopParameters
+
+    @classmethod
+    def alternatives(cls) -> tuple[dict[str, Any], ...]:
+        """Return what ``effcli plan`` compares: shares of the parameters to keep."""
+        return ({"target": 0.9}, {"target": 0.8}, {"target": 0.7})
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text is run: to fit weights, or to measure what sharing costs."""
+        return self.parameters.is_fitted or self.parameters.chosen_pattern == "free"
+
+    def check_complete(self) -> None:
+        """Refuse to run without blocks and loops, or a target."""
+        if not self.parameters.is_complete:
+            raise PassError(
+                "loop needs blocks and loops (their product is the number of layers), or a target: "
+                "loop:blocks=15,loops=2 or loop:target=0.75; see: effcli plan MODEL --pass loop"
+            )
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a model whose layers cannot share weights as asked."""
+        from passes.loop import grouping, targets
+
+        grouping.check(self.parameters, targets.find(model))
+
+    def plan(self, profile: ModelProfile) -> Prediction:
+        """Predict bytes, times and memory; see :mod:`passes.loop.plan`."""
+        from passes.loop import targets
+        from passes.loop.plan import predict
+
+        return predict(self.parameters, profile, targets.find(profile.model))
+
+    def shapes_after(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the looped model on the meta device."""
+        from passes.loop import targets
+        from passes.loop.convert import on_meta
+        from passes.loop.plan import expected
+
+        return on_meta(model, expected(self.parameters, targets.find(model)))
+
+    def apply(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
+        """Choose which layers share, fit their weights, and make the model a looped one."""
+        from passes.loop import blocks, targets
+        from passes.loop.convert import convert, fill
+        from passes.loop.layout import LoopPlan
+
+        self.check_complete()
+        parameters, structure = self.parameters, targets.find(model)
+        batches: list[torch.Tensor] = []
+        if self.needs_calibration:
+            batches = calibration_text.batches(
+                context, parameters.samples, parameters.length,
+                without="loop fits shared weights to text; give a calibration text",
+            )  # fmt: skip
+        groups, damages = self._groups(model, structure, batches, context)
+        even = LoopPlan.even(structure, groups, parameters.rank)
+        found = blocks.fit(
+            model, structure, even, parameters, batches if parameters.is_fitted else [],
+            seed=context.seed, progress=context.progress,
+        )  # fmt: skip
+        plan = found.plan
+        plan.check(structure)
+        sizes = plan.sizes(structure)
+        convert(model, plan, plan.to_json(sizes))
+        fill(model, plan, found.fitted)
+        text = context.calibration
+        details: dict[str, Any] = {
+            "plan": plan.to_json(sizes),
+            "sizes": _plain(sizes),
+            "error_of": "outputs" if parameters.is_fitted else "weights",
+            "shared_error": _shared_errors(plan, found),
+            "moment_runs": found.runs,
+        }
+        if damages:
+            details["damages"] = [
+                {"layers": list(group), "kl": damage, "chosen": group in groups} for group, damage in damages.items()
+            ]
+        if text is not None and batches:
+            tokens = parameters.samples * parameters.length
+            details["calibration"] = {
+                "text": text.name, "samples": parameters.samples, "length": parameters.length, "tokens": tokens,
+            }  # fmt: skip
+        return PassRecord(
+            name=self.name,
+            parameters=parameters.model_dump(mode="json"),
+            summary=_summary(plan, sizes),
+            seed=context.seed,
+            layers=_records(structure, plan, found),
+            skipped=_skipped(parameters, structure, plan),
+            notes=_notes(plan, sizes),
+            details=details,
+            versions={name: version(name) for name in ("torch", "transformers")},
+        )
+
+    def _groups(
+        self, model: PreTrainedModel, structure: Structure, batches: Sequence[torch.Tensor], context: PassContext
+    ) -> tuple[tuple[tuple[int, ...], ...], dict[tuple[int, ...], float]]:
+        """Return which layers share, and the damages that they were chosen by."""
+        from passes.loop import grouping
+
+        parameters = self.parameters
+        grouping.check(parameters, structure)
+        if parameters.chosen_pattern != "free":
+            return grouping.regular(parameters, structure), {}
+        from passes.loop.damage import measure
+
+        rows = max(1, parameters.damage_samples // max(1, batches[0].shape[0]))
+        damages = measure(model, structure, batches[:rows], grouping.candidates(parameters, structure), context)
+        return grouping.free(parameters, structure, damages), damages
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the looped model; its class puts the modelling file beside the weights."""
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+
+    def check_files(self, folder: Path, model: PreTrainedModel) -> tuple[str, ...]:
+        """Hold the checkpoint against its plan: every shared tensor once, bytes as planned."""
+        from passes.loop.saved import check
+
+        return check(folder, model)
+
+    @classmethod
+    def register_model(cls, folder: Path) -> None:
+        """Make transformers know the looped classes of a checkpoint, from this package and not from its folder."""
+        from passes.loop.known import register
+
+        register(folder)
+
+    def load(self, folder: Path, model: PreTrainedModel, options: LoadOptions) -> LoadRecord:
+        """Say which blocks run several times; nothing else is to be done."""
+        from passes.loop.layout import LoopPlan
+
+        plan = LoopPlan.from_json(model.config.loop)
+        return LoadRecord(notes=(f"{plan.layers} layers run with {plan.sets} sets of weights",))
+
+
+def _plain(sizes: Sizes) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        **asdict(sizes),
+        "share": sizes.share,
+        "layers_share": sizes.layers_share,
+        "delta_flops_per_token": sizes.delta_flops_per_token,
+    }
+
+
+def _records(structure: Structure, plan: LoopPlan, found: FittedPlan) -> tuple[LayerRecord, ...]:
+    """Return one record for each layer's linear, with the relative squared error of its output."""
+    return tuple(
+        LayerRecord(
+            name=f"{plan.stack}.{index}.{name}",
+            kind=name.rpartition(".")[2],
+            bits=8.0 * structure.linears[index][name].itemsize,
+            group_size=None,
+            error=found.fitted[number, name].errors[member],
+        )
+        for number, block in enumerate(plan.blocks)
+        for member, index in enumerate(block.layers)
+        for name in structure.linears[index]
+    )
+
+
+def _shared_errors(plan: LoopPlan, found: FittedPlan) -> dict[str, float]:
+    """Return, by the name of a layer's linear, the relative squared error of the shared weight alone."""
+    return {
+        f"{plan.stack}.{index}.{name}": found.fitted[number, name].shared_errors[member]
+        for number, block in enumerate(plan.blocks)
+        for member, index in enumerate(block.layers)
+        for name in block.ranks
+    }
+
+
+def _skipped(parameters: LoopParameters, structure: Structure, plan: LoopPlan) -> tuple[Skipped, ...]:
+    """Return the layers that share with none, and why."""
+    skipped = []
+    for index in range(structure.layers):
+        if index in plan.shared_layers:
+            continue
+        if index in structure.unshareable:
+            reason = structure.unshareable[index]
+        elif index < parameters.keep_first:
+            reason = f"keep_first={parameters.keep_first} was asked for"
+        elif index >= structure.layers - parameters.keep_last:
+            reason = f"keep_last={parameters.keep_last} was asked for"
+        else:
+            reason = "the target is met without sharing it, at less damage"
+        skipped.append(Skipped(f"{plan.stack}.{index}", reason))
+    return tuple(skipped)
+
+
+def _summary(plan: LoopPlan, sizes: Sizes) -> str:
+    ranks = sorted({rank for block in plan.blocks for members in block.ranks.values() for rank in members})
+    own = "no part of their own" if ranks[-1:] == [0] else f"parts of rank {ranks[0]} to {ranks[-1]} of their own"
+    return (
+        f"{len(plan.shared_layers)} of {plan.layers} layers run with {len(plan.blocks)} stored blocks and {own}: "
+        f"{sizes.share:.1%} of the parameters, {sizes.layers_share:.1%} of the layers'"
+    )
+
+
+def _notes(plan: LoopPlan, sizes: Sizes) -> tuple[str, ...]:
+    loops: Mapping[int, int] = {
+        size: sum(len(block.layers) == size for block in plan.blocks)
+        for size in sorted({len(block.layers) for block in plan.blocks})
+    }
+    shown = ", ".join(f"{count} of {size} layers" for size, count in loops.items())
+    return (
+        f"blocks: {shown}; {plan.sets} sets of layer weights in place of {plan.layers}",
+        f"the layers' own low-rank parts take {sizes.delta_parameters:,} parameters and add "
+        f"{sizes.delta_flops_per_token:,} FLOPs a token",
+        "a step still reads a block's weights in each of its loops: what is stored shrinks, what a step moves does not "
+        "by itself",
+        "plain transformers reads the folder with trust_remote_code=True; effcli runs no code of it",
+    )

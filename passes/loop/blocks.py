@@ -1,0 +1,226 @@
+"""Fit every block of a plan: statistics of calibration text, ranks shared out, shared and own weights.
+
+::
+
+    batches ──> importance of each linear ──┐
+        └─────> moments of a few layers ────┼──> ranks by what each takes off the error ──> fit, linear by linear
+                  (again for the next few)  ┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from passes.loop import importance, statistics, tie
+from passes.loop.layout import Block, LoopPlan
+from passes.loop.modeling_looped import weight_of
+from passes.loop.parameters import LoopParameters
+from passes.loop.statistics import Key, Moments
+from passes.loop.targets import Shape, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from profilers.base import Progress
+
+MEMORY_SHARE = 0.25
+"""Of the free memory that second moments may take at a time."""
+
+
+@dataclass(frozen=True)
+class FittedPlan:
+    """What fitting gave.
+
+    Attributes
+    ----------
+    plan : LoopPlan
+        With the ranks that were chosen.
+    fitted : dict
+        By block number and name of the linear.
+    importance : dict
+        Mean squared gradient by layer and linear; empty where it was not measured.
+    runs : int
+        Times that the calibration text was run for moments.
+    """
+
+    plan: LoopPlan
+    fitted: dict[tuple[int, str], tie.Fitted]
+    importance: dict[Key, float]
+    runs: int
+
+
+def fit(
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: LoopPlan,
+    parameters: LoopParameters,
+    batches: Sequence[torch.Tensor],
+    *,
+    seed: int,
+    progress: Progress,
+) -> FittedPlan:
+    """Fit the blocks of a plan on calibration text.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The original; left as it is.
+    structure : Structure
+    plan : LoopPlan
+        With even ranks; each block's parameters stay what it says.
+    parameters : LoopParameters
+    batches : sequence of torch.Tensor
+        Token ids, shape (B, T) each; empty where nothing is to be fitted to text.
+    seed : int
+    progress : Progress
+    """
+    weighed: dict[Key, float] = {}
+    if batches and parameters.uses_importance:
+        few = batches[: max(1, importance.TOKENS // batches[0].numel())]
+        with progress.task("weighing layers", total=len(few)) as task:
+            weighed = importance.measure(
+                model, structure, sorted(plan.shared_layers), few,
+                generator=torch.Generator().manual_seed(seed), task=task,
+            )  # fmt: skip
+    parts = _parts(structure, plan, model.device) if batches else [list(range(len(plan.blocks)))]
+    blocks = list(plan.blocks)
+    fitted: dict[tuple[int, str], tie.Fitted] = {}
+    for number, part in enumerate(parts, start=1):
+        moments = None
+        layers = sorted(index for block in part for index in plan.blocks[block].layers)
+        if batches:
+            label = "inputs of layers" + (f", part {number} of {len(parts)}" if len(parts) > 1 else "")
+            with progress.task(label, total=len(batches)) as task:
+                moments = statistics.collect(model, structure, layers, batches, task)
+        with progress.task("fitting blocks", total=len(part)) as task:
+            for index in part:
+                blocks[index], found = _fit_block(model, structure, plan, index, parameters, moments, weighed)
+                fitted |= {(index, name): item for name, item in found.items()}
+                task.advance()
+    return FittedPlan(replace(plan, blocks=tuple(blocks)), fitted, weighed, len(parts) if batches else 0)
+
+
+def _fit_block(
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: LoopPlan,
+    number: int,
+    parameters: LoopParameters,
+    moments: Moments | None,
+    weighed: Mapping[Key, float],
+) -> tuple[Block, dict[str, tie.Fitted]]:
+    """Return a block with the ranks chosen for it, and its weights."""
+    block = plan.blocks[number]
+    shapes = structure.linears[block.layers[0]]
+    stack = model.get_submodule(structure.stack)
+    alike = [item.layers for item in plan.blocks if structure.kinds[item.layers[0]] == structure.kinds[block.layers[0]]]
+    place = alike.index(block.layers)
+    weights: dict[str, list[torch.Tensor]] = {}
+    initial: dict[str, torch.Tensor | None] = {}
+    factors: dict[str, list[float]] = {}
+    for name in shapes:
+        known = {
+            index: statistics.exact(weight_of(stack[index].get_submodule(name)).detach())
+            for index in _needed(parameters.init, place, alike)
+        }
+        weights[name] = [known[index] for index in block.layers]
+        initial[name] = tie.initial_weight(parameters.init, place, alike, known)
+        factors[name] = [weighed.get((index, name), 1.0) for index in block.layers]
+
+    def inputs(name: str) -> list[torch.Tensor]:  # in float64 they are large: those of one linear at a time
+        if moments is not None:
+            return [moments.of(index, name) for index in block.layers]
+        plain = torch.eye(shapes[name].in_features, dtype=torch.float64, device=weights[name][0].device)
+        return [plain] * len(block.layers)
+
+    def fit_all(ranks: Mapping[str, tuple[int, ...]]) -> dict[str, tie.Fitted]:
+        return {
+            name: tie.fit(
+                weights[name], inputs(name), ranks[name],
+                initial=initial[name], rounds=parameters.rounds, importance=factors[name],
+            )
+            for name in shapes
+        }  # fmt: skip
+
+    if parameters.allocation == "even" or not parameters.rank or moments is None:
+        return block, fit_all(block.ranks)
+    gains = {}
+    for name in shapes:
+        scaled = [moment * factor for moment, factor in zip(inputs(name), factors[name], strict=True)]
+        start = initial[name]
+        if start is None:
+            deltas = tie.joint_deltas(weights[name], scaled, block.ranks[name], rounds=1)
+            gains[name] = tie.spectra(weights[name], scaled, deltas)
+        else:
+            gains[name] = [
+                tie.spectrum(weight - start, moment) for weight, moment in zip(weights[name], scaled, strict=True)
+            ]
+    ranks = share_ranks(gains, shapes, block.ranks)
+    return Block(block.layers, ranks), fit_all(ranks)
+
+
+def share_ranks(
+    gains: Mapping[str, Sequence[torch.Tensor]],
+    shapes: Mapping[str, Shape],
+    even: Mapping[str, Sequence[int]],
+) -> dict[str, tuple[int, ...]]:
+    """Share a block's delta parameters out over its linears and members, where each rank takes most off the error.
+
+    Parameters
+    ----------
+    gains : mapping
+        For each linear, of each member, what every further rank takes off, descending.
+    shapes : mapping
+    even : mapping
+        The ranks whose parameters are shared out; never more are used.
+    """
+    budget = sum(sum(ranks) * shapes[name].rank_parameters for name, ranks in even.items())
+    steps = []
+    for name, members in gains.items():
+        cost = shapes[name].rank_parameters
+        # With more than this, a weight of the layer's own would be smaller; what was asked for is not cut.
+        most = max(shapes[name].parameters // cost, *even[name])
+        for member, values in enumerate(members):
+            steps += [(value / cost, name, member, cost) for value in values[:most].tolist() if value > 0]
+    steps.sort(key=lambda step: (-step[0], step[1], step[2]))
+    ranks = {name: [0] * len(members) for name, members in gains.items()}
+    closed: set[tuple[str, int]] = set()
+    for _, name, member, cost in steps:
+        if (name, member) in closed:
+            continue
+        if cost > budget:
+            closed.add((name, member))
+            continue
+        ranks[name][member] += 1
+        budget -= cost
+    return {name: tuple(members) for name, members in ranks.items()}
+
+
+def _needed(init: str, place: int, alike: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the layers whose weights a block is made from."""
+    needed = set(alike[place])
+    if init == "stepwise":
+        needed.add(tie.step_layer(place, alike))
+        # initial_weight() finds its layer among all that share, and needs only that one.
+    return tuple(sorted(needed))
+
+
+def _parts(structure: Structure, plan: LoopPlan, device: torch.device) -> list[list[int]]:
+    """Return the blocks in as few parts as keeps their moments within a share of the free memory."""
+    from profilers.device import memory_available_bytes
+
+    limit = MEMORY_SHARE * memory_available_bytes(device)
+    parts: list[list[int]] = [[]]
+    held = 0
+    for number, block in enumerate(plan.blocks):
+        needed = sum(statistics.moment_bytes(structure, index) for index in block.layers)
+        if parts[-1] and held + needed > limit:
+            parts.append([])
+            held = 0
+        parts[-1].append(number)
+        held += needed
+    return parts

@@ -1,0 +1,84 @@
+"""Parameters of the loop pass, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from passes.base import PassParameters
+
+Pattern = Literal["cycle", "sequence", "free"]
+Init = Literal["least-squares", "average", "stepwise", "lower"]
+
+
+class LoopParameters(PassParameters):
+    """What ``--pass loop:…`` takes; see ``docs/passes/loop.md``."""
+
+    blocks: int | None = Field(default=None, ge=1, description="Shared blocks; with loops, the number of layers.")
+    loops: int | None = Field(default=None, ge=2, description="Layers that run with one block's weights.")
+    target: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Parameters to keep, as a share of all that the model stores; in place of blocks and loops.",
+    )
+    rank: int = Field(default=64, ge=0, description="Of each layer's own low-rank part of a shared linear; 0: none.")
+    pattern: Literal["auto", "cycle", "sequence", "free"] = Field(
+        default="auto",
+        description=(
+            "Which layers share: cycle (ABAB), sequence (AABB), free (neighbours, by measured damage); auto: sequence "
+            "with blocks and loops, free with target."
+        ),
+    )
+    keep_first: int = Field(default=0, ge=0, description="First layers that share with none.")
+    keep_last: int = Field(default=0, ge=0, description="Last layers that share with none.")
+    max_loops: int = Field(default=3, ge=2, description="Layers of one block at most, with pattern=free.")
+    init: Init = Field(
+        default="least-squares",
+        description="Weights of a shared block: fitted on calibration text, the average, or those of one layer.",
+    )
+    rounds: int = Field(
+        default=2, ge=1, description="Rounds of fitting shared and own weights together, with init=least-squares."
+    )
+    allocation: Literal["auto", "even"] = Field(
+        default="auto", description="Share ranks out over a block's linears and layers by their error, or evenly."
+    )
+    samples: int = Field(default=32, ge=1, description="Calibration windows.")
+    length: int = Field(default=512, ge=16, description="Tokens of one calibration window.")
+    damage_samples: int = Field(
+        default=4, ge=1, description="Windows that the damage of sharing is measured on, with pattern=free."
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> LoopParameters:
+        if self.target is not None and (self.blocks is not None or self.loops is not None):
+            raise ValueError("target and blocks, loops exclude each other: give blocks and loops, or a target")
+        if (self.blocks is None) != (self.loops is None):
+            given, missing = ("blocks", "loops") if self.loops is None else ("loops", "blocks")
+            raise ValueError(f"{given} needs {missing} beside it: their product is the number of layers that share")
+        if self.pattern == "free" and self.blocks is not None:
+            raise ValueError("pattern=free chooses the blocks itself: give a target in place of blocks and loops")
+        return self
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether blocks and loops, or a target, are given."""
+        return self.target is not None or self.blocks is not None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether calibration text is run to fit weights."""
+        return self.init == "least-squares" or self.rank > 0
+
+    @property
+    def uses_importance(self) -> bool:
+        """Whether errors of layers and linears are weighed against each other."""
+        return self.init == "least-squares" or (self.rank > 0 and self.allocation == "auto")
+
+    @property
+    def chosen_pattern(self) -> Pattern:
+        """The pattern, ``auto`` resolved."""
+        if self.pattern != "auto":
+            return self.pattern
+        return "free" if self.target is not None else "sequence"
