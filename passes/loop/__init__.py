@@ -5,7 +5,9 @@ See ``docs/passes/loop.md``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from passes.loop.blocks import FittedPlan
+    from passes.loop.heal import Healed
     from passes.loop.layout import LoopPlan, Sizes
     from passes.loop.targets import Structure
 
@@ -64,7 +67,8 @@ class LoopPass(Pass):
     @property
     def needs_calibration(self) -> bool:
         """Whether text is run: to fit weights, or to measure what sharing costs."""
-        return self.parameters.is_fitted or self.parameters.chosen_pattern == "free"
+        parameters = self.parameters
+        return parameters.is_fitted or parameters.chosen_pattern == "free" or parameters.heal_tokens > 0
 
     def check_complete(self) -> None:
         """Refuse to run without blocks and loops, or a target."""
@@ -110,6 +114,7 @@ class LoopPass(Pass):
                 without="loop fits shared weights to text; give a calibration text",
             )  # fmt: skip
         groups, damages = self._groups(model, structure, batches, context)
+        original = copy.deepcopy(model) if parameters.heal_tokens else None
         even = LoopPlan.even(structure, groups, parameters.rank)
         found = blocks.fit(
             model, structure, even, parameters, batches if parameters.is_fitted else [],
@@ -120,6 +125,7 @@ class LoopPass(Pass):
         sizes = plan.sizes(structure)
         convert(model, plan, plan.to_json(sizes))
         fill(model, plan, found.fitted)
+        healed = None if original is None else self._heal(model, original, context)
         text = context.calibration
         details: dict[str, Any] = {
             "plan": plan.to_json(sizes),
@@ -128,6 +134,8 @@ class LoopPass(Pass):
             "shared_error": _shared_errors(plan, found),
             "moment_runs": found.runs,
         }
+        if healed is not None:
+            details["healing"] = asdict(healed)
         if damages:
             details["damages"] = [
                 {"layers": list(group), "kl": damage, "chosen": group in groups} for group, damage in damages.items()
@@ -140,11 +148,11 @@ class LoopPass(Pass):
         return PassRecord(
             name=self.name,
             parameters=parameters.model_dump(mode="json"),
-            summary=_summary(plan, sizes),
+            summary=_summary(plan, sizes) + ("" if healed is None else f", healed on {healed.tokens:,} tokens"),
             seed=context.seed,
             layers=_records(structure, plan, found),
             skipped=_skipped(parameters, structure, plan),
-            notes=_notes(plan, sizes),
+            notes=(*_notes(plan, sizes), *_healing_notes(healed)),
             details=details,
             versions={name: version(name) for name in ("torch", "transformers")},
         )
@@ -164,6 +172,27 @@ class LoopPass(Pass):
         rows = max(1, parameters.damage_samples // max(1, batches[0].shape[0]))
         damages = measure(model, structure, batches[:rows], grouping.candidates(parameters, structure), context)
         return grouping.free(parameters, structure, damages), damages
+
+    def _heal(self, model: PreTrainedModel, original: PreTrainedModel, context: PassContext) -> Healed:
+        """Distil the original into the looped model on the whole calibration text."""
+        from passes.loop.heal import Settings, heal
+
+        text, parameters = context.calibration, self.parameters
+        ids = getattr(text, "ids", None)
+        if ids is None:
+            raise PassError("heal_tokens needs the whole calibration text; give a calibration text, or heal_tokens=0")
+        settings = Settings(
+            tokens=parameters.heal_tokens,
+            length=parameters.heal_length,
+            batch=parameters.heal_batch,
+            micro_batch=max(1, calibration_text.BATCH_TOKENS // (2 * parameters.heal_length)),
+            learning_rate=parameters.learning_rate,
+            train=parameters.heal_train,
+            limit_seconds=None if parameters.heal_minutes is None else 60 * parameters.heal_minutes,
+            checkpoint_seconds=60 * parameters.checkpoint_minutes,
+            gradient_checkpointing=parameters.gradient_checkpointing,
+        )
+        return heal(model, original, ids, settings, context.work, seed=context.seed, progress=context.progress)
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the looped model; its class puts the modelling file beside the weights."""
@@ -191,14 +220,24 @@ class LoopPass(Pass):
 
 
 def _plain(sizes: Sizes) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {
         **asdict(sizes),
         "share": sizes.share,
         "layers_share": sizes.layers_share,
         "delta_flops_per_token": sizes.delta_flops_per_token,
     }
+
+
+def _healing_notes(healed: Healed | None) -> tuple[str, ...]:
+    if healed is None:
+        return ()
+    first, last = healed.curve[0], healed.curve[-1]
+    rounds = healed.tokens / (healed.windows * healed.tokens_of_window)
+    return (
+        f"healed on {healed.tokens:,} tokens ({rounds:.1f} rounds through the text, {healed.seconds / 60:.1f} minutes, "
+        f"ended by {healed.ended}; {healed.trained_parameters:,} parameters trained): KL divergence on windows that "
+        f"were not trained on {first.held_out_kl:.3g} -> {last.held_out_kl:.3g} nats a token",
+    )
 
 
 def _records(structure: Structure, plan: LoopPlan, found: FittedPlan) -> tuple[LayerRecord, ...]:

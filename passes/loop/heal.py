@@ -132,8 +132,8 @@ class Healed:
     ended : str
         ``tokens`` or ``time limit``.
     trained_parameters : int
-    windows : int
-        Different ones of the text.
+    windows, tokens_of_window : int
+        How many there are in the text to train on, and their length.
     resumed : bool
     curve : tuple of CurvePoint
     """
@@ -144,6 +144,7 @@ class Healed:
     ended: str
     trained_parameters: int
     windows: int
+    tokens_of_window: int
     resumed: bool
     curve: tuple[CurvePoint, ...]
 
@@ -214,6 +215,7 @@ def heal(
         ended=ended,
         trained_parameters=sum(tensor.numel() for tensor in trained.values()),
         windows=windows.count,
+        tokens_of_window=settings.length,
         resumed=resumed,
         curve=tuple(CurvePoint(**point) for point in state.curve),
     )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from passes.base import PassParameters
 
 Pattern = Literal["cycle", "sequence", "free"]
 Init = Literal["least-squares", "average", "stepwise", "lower"]
+_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def _count(value: Any) -> Any:
+    """Return ``5M`` or ``500k`` as a number; anything else as it is."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG])", value) if isinstance(value, str) else None
+    return value if found is None else round(float(found[1]) * _UNITS[found[2]])
 
 
 class LoopParameters(PassParameters):
@@ -49,6 +57,23 @@ class LoopParameters(PassParameters):
     damage_samples: int = Field(
         default=4, ge=1, description="Windows that the damage of sharing is measured on, with pattern=free."
     )
+    heal_tokens: Annotated[int, BeforeValidator(_count)] = Field(
+        default=0, ge=0, description="Tokens of the calibration text to distil the original on afterwards, 5M or 500k."
+    )
+    heal_minutes: float | None = Field(default=None, gt=0, description="Most minutes of healing.")
+    heal_train: Literal["all", "deltas"] = Field(
+        default="all",
+        description="What healing trains: everything but the embeddings, or the layers' own parts, norms and biases.",
+    )
+    heal_length: int = Field(default=512, ge=16, description="Tokens of one window of healing.")
+    heal_batch: int = Field(default=4, ge=1, description="Windows of one step of healing.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="The highest of healing.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice while healing, for less memory."
+    )
+    checkpoint_minutes: float = Field(
+        default=5.0, ge=0, description="Minutes between two saved states of healing, which --resume goes on from."
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> LoopParameters:
@@ -59,6 +84,14 @@ class LoopParameters(PassParameters):
             raise ValueError(f"{given} needs {missing} beside it: their product is the number of layers that share")
         if self.pattern == "free" and self.blocks is not None:
             raise ValueError("pattern=free chooses the blocks itself: give a target in place of blocks and loops")
+        step = self.heal_length * self.heal_batch
+        if 0 < self.heal_tokens < step:
+            raise ValueError(
+                f"heal_tokens={self.heal_tokens} is less than one step of heal_batch={self.heal_batch} windows of "
+                f"heal_length={self.heal_length} tokens: give {step} or more, or 0 for none"
+            )
+        if self.heal_minutes is not None and not self.heal_tokens:
+            raise ValueError("heal_minutes limits healing, and heal_tokens=0 is none: give heal_tokens too")
         return self
 
     @property

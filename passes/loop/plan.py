@@ -32,6 +32,10 @@ FLOAT64_MATRICES = 8
 """As large as the widest second moments, that fitting one linear holds."""
 PROCESS_BYTES = 700_000_000
 """Of the Python process on a CPU with PyTorch and transformers imported, without a model."""
+STEP_FLOPS = 8
+"""FLOPs of healing on a token, over the parameters: 2 for the original, 6 forth and back through the looped model."""
+STATE_BYTES = 16
+"""Of a parameter while it is trained: itself, its gradient and AdamW's two moments in float32."""
 LOOPS = (2, 3, 5)
 """Loops that notes compare, where they divide the layers."""
 
@@ -253,6 +257,15 @@ def _cost(
             f"pass time: {runs:,} tokens run{damage}, second moments of {tokens:,} tokens, and fitting at "
             f"{FIT_EFFICIENCY:.0%} of the measured float32 peak"
         )
+    if seconds is not None and rate is not None and parameters.heal_tokens:
+        healing = STEP_FLOPS * structure.parameters * parameters.heal_tokens / (EFFICIENCY * rate)
+        if parameters.heal_minutes is not None:
+            healing = min(healing, 60 * parameters.heal_minutes)
+        seconds += healing
+        notes.append(
+            f"healing: {parameters.heal_tokens:,} tokens, about {healing / 60:.3g} minutes; what it will win back is "
+            "not predicted"
+        )
     held = sum(statistics.moment_bytes(structure, index) for index in plan.shared_layers)
     sizes = plan.sizes(structure)
     weights = profile.figures.weight_bytes or sizes.bytes_before
@@ -260,6 +273,8 @@ def _cost(
     widest = max((shape.in_features for item in structure.linears for shape in item.values()), default=0)
     solving = FLOAT64_MATRICES * 8 * widest**2
     memory = weights + held + fitted + solving
+    if parameters.heal_tokens:  # the original beside the looped model, which is trained
+        memory = max(memory, weights + STATE_BYTES * (sizes.bytes_after // profile.dtype.itemsize))
     if profile.device.type == "cpu":
         memory += PROCESS_BYTES
     notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -48,3 +49,25 @@ def test_text_is_needed_to_fit_or_to_measure_damage() -> None:
     assert LoopPass(LoopParameters(blocks=2, loops=2)).needs_calibration
     assert not LoopPass(LoopParameters(blocks=2, loops=2, rank=0, init="average")).needs_calibration
     assert LoopPass(LoopParameters(target=0.5, rank=0, init="average")).needs_calibration
+
+
+def test_tokens_of_healing_can_be_short_numbers() -> None:
+    given = {"5M": 5_000_000, "1.5M": 1_500_000, "500k": 500_000, 4096: 4096, "4096": 4096}
+    for value, tokens in given.items():
+        item = LoopPass.from_mapping({"target": 0.8, "heal_tokens": value})
+        assert item.parameters.model_dump()["heal_tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"heal_tokens": "5X"}, "heal_tokens"),
+        ({"heal_tokens": -1}, "heal_tokens"),
+        ({"heal_tokens": 100}, "less than one step of heal_batch=4 windows of heal_length=512 tokens: give 2048"),
+        ({"heal_minutes": 3}, "give heal_tokens too"),
+        ({"heal_tokens": "1M", "learning_rate": 0}, "learning_rate"),
+    ],
+)
+def test_healing_that_cannot_be(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(PassError, match=re.escape(said)):
+        LoopPass.from_mapping({"target": 0.8} | values)

@@ -193,3 +193,17 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     assert {layer.bits for layer in record.layers} == {16.0}
     with torch.no_grad():
         assert torch.isfinite(model(ids()).logits).all()
+
+
+def test_healing_is_part_of_the_pass_and_of_its_record(tmp_path: Path) -> None:
+    plan: dict[str, Any] = {"blocks": 2, "loops": 2, "init": "lower", "rank": 2}
+    _, loose, _ = applied(tmp_path, model=related(), **plan)
+    values = {"heal_tokens": 64 * 30, "heal_length": 16, "heal_batch": 4, "learning_rate": 1e-3}
+    _, healed, record = applied(tmp_path, model=related(), **plan, **values)
+    assert divergence(healed, related()) < divergence(loose, related())
+    found = record.details["healing"]
+    assert (found["tokens"], found["ended"]) == (64 * 30, "tokens")
+    assert found["curve"][-1]["held_out_kl"] < found["curve"][0]["held_out_kl"]
+    assert record.summary.endswith("healed on 1,920 tokens")
+    assert any(note.startswith("healed on 1,920 tokens (0.5 rounds") for note in record.notes)
+    json.dumps(record.details)
