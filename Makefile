@@ -34,7 +34,7 @@ demo: $(VENV)/.quantize
 ## Lint, types, and every test that protects the main jobs.
 test: $(VENV)/.test lint
 	$(BIN)/effcli models --fetch smollm2-135m --quiet
-	$(PYTEST)
+	$(PYTEST) --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
