@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from passes import fisher
 from passes.kv_pq.rope import Rope
 from profilers.base import Progress
 
@@ -118,8 +119,11 @@ def collect(
                 count = batch.shape[0] * (batch.shape[1] - kept)
                 chosen = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
                 live.clear()
-                with torch.set_grad_enabled(backward):
-                    _run(model, batch.to(model.device), generator, backward=backward)
+                if backward:
+                    fisher.backward(model, batch.to(model.device), generator)
+                else:
+                    with torch.no_grad():
+                        model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
                 for layer, (key, value) in live.items():
                     group = key.shape[1] // kv_heads  # some architectures repeat keys for their query heads
                     into = taken[layer]
@@ -147,23 +151,3 @@ def collect(
         }
         for layer, found in taken.items()
     }
-
-
-def _run(model: PreTrainedModel, batch: torch.Tensor, generator: torch.Generator, *, backward: bool) -> None:
-    """Run the decoder; with ``backward``, the gradient of the log-likelihood of tokens drawn from the model."""
-    if not backward:
-        model.get_decoder()(input_ids=batch, use_cache=False)
-        return
-    embedded = model.get_input_embeddings()(batch).detach().requires_grad_(True)
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
-        chance = logits.detach().softmax(-1).flatten(0, 1)
-        noise = torch.rand(chance.shape, generator=generator).to(chance.device).clamp_min(1e-20).log().neg()
-        drawn = (noise / chance.clamp_min(1e-30)).argmin(-1)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)

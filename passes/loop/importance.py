@@ -7,13 +7,13 @@ Fisher information). Errors of different linears and layers are then of one unit
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from passes import fisher
 from passes.loop.statistics import Key
 from passes.loop.targets import Structure
 
@@ -71,37 +71,11 @@ def measure(
         for name in structure.linears[index]
     ]
     try:
-        with _frozen(model):
-            for batch in batches:
-                _backward(model, batch.to(model.device), generator)
-                if task is not None:
-                    task.advance()
+        for batch in batches:
+            fisher.backward(model, batch.to(model.device), generator)
+            if task is not None:
+                task.advance()
     finally:
         for handle in handles:
             handle.remove()
     return {key: sums[key] / counts[key] for key in sums}
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Make no gradients of weights inside the block."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generator) -> None:
-    """Run text, draw a next token at each place, and send the gradient of their log-likelihood back."""
-    with torch.enable_grad():
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
-        chance = logits.detach().softmax(-1).flatten(0, 1)
-        noise = torch.rand(chance.shape, generator=generator).to(chance.device).clamp_min(1e-20).log().neg()
-        drawn = (noise / chance.clamp_min(1e-30)).argmin(-1)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]
