@@ -285,7 +285,7 @@ def test_packed_layers_survive_what_models_go_through(tmp_path: Path) -> None:
     assert torch.equal(_logits(model, ids), before)
     notes = measure_outliers(model, ids).notes
     assert "15 layers have no rows: their weights are quantized and packed for a kernel" in notes
-    generated = model.generate(ids, max_new_tokens=3, do_sample=False)
+    generated = model.generate(ids, min_new_tokens=3, max_new_tokens=3, do_sample=False)  # random weights may end early
     assert generated.shape == (1, 15)
     forward_without_cache(model, ids, ids)
 
