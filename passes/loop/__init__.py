@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from passes.loop.blocks import FittedPlan
-    from passes.loop.heal import Healed
     from passes.loop.layout import LoopPlan, Sizes
     from passes.loop.targets import Structure
+    from passes.loop.training import Trained
 
 __all__ = ["LoopParameters", "LoopPass"]
 
@@ -173,9 +173,10 @@ class LoopPass(Pass):
         damages = measure(model, structure, batches[:rows], grouping.candidates(parameters, structure), context)
         return grouping.free(parameters, structure, damages), damages
 
-    def _heal(self, model: PreTrainedModel, original: PreTrainedModel, context: PassContext) -> Healed:
+    def _heal(self, model: PreTrainedModel, original: PreTrainedModel, context: PassContext) -> Trained:
         """Distil the original into the looped model on the whole calibration text."""
-        from passes.loop.heal import Settings, heal
+        from passes.loop.heal import heal
+        from passes.loop.training import Settings
 
         text, parameters = context.calibration, self.parameters
         ids = getattr(text, "ids", None)
@@ -187,12 +188,15 @@ class LoopPass(Pass):
             batch=parameters.heal_batch,
             micro_batch=max(1, calibration_text.BATCH_TOKENS // (2 * parameters.heal_length)),
             learning_rate=parameters.learning_rate,
-            train=parameters.heal_train,
             limit_seconds=None if parameters.heal_minutes is None else 60 * parameters.heal_minutes,
             checkpoint_seconds=60 * parameters.checkpoint_minutes,
             gradient_checkpointing=parameters.gradient_checkpointing,
+            mixed=model.dtype.itemsize == 2,
         )
-        return heal(model, original, ids, settings, context.work, seed=context.seed, progress=context.progress)
+        return heal(
+            model, original, ids, settings, context.work,
+            names=parameters.heal_train, seed=context.seed, progress=context.progress,
+        )  # fmt: skip
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the looped model; its class puts the modelling file beside the weights."""
@@ -228,7 +232,7 @@ def _plain(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _healing_notes(healed: Healed | None) -> tuple[str, ...]:
+def _healing_notes(healed: Trained | None) -> tuple[str, ...]:
     if healed is None:
         return ()
     first, last = healed.curve[0], healed.curve[-1]
@@ -236,7 +240,7 @@ def _healing_notes(healed: Healed | None) -> tuple[str, ...]:
     return (
         f"healed on {healed.tokens:,} tokens ({rounds:.1f} rounds through the text, {healed.seconds / 60:.1f} minutes, "
         f"ended by {healed.ended}; {healed.trained_parameters:,} parameters trained): KL divergence on windows that "
-        f"were not trained on {first.held_out_kl:.3g} -> {last.held_out_kl:.3g} nats a token",
+        f"were not trained on {first.held_out:.3g} -> {last.held_out:.3g} nats a token",
     )
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from passes.base import PassError
 from passes.loop import heal, targets
 from passes.loop.convert import convert
-from passes.loop.heal import Settings
 from passes.loop.layout import LoopPlan
+from passes.loop.training import HELD_OUT_WINDOWS, Settings, Windows
 from tests.passes.loop.small import CONFIGS, VOCABULARY
 
 SETTINGS = Settings(tokens=12 * 4 * 16, length=16, batch=4, micro_batch=2, learning_rate=1e-3)
@@ -68,7 +68,7 @@ def test_the_looped_model_comes_closer_to_the_original(name: str, tmp_path: Path
     done = heal.heal(student, teacher, text(), SETTINGS, tmp_path)
     first, last = done.curve[0], done.curve[-1]
     assert (first.tokens, last.tokens) == (0, SETTINGS.tokens)
-    assert last.held_out_kl < 0.7 * first.held_out_kl
+    assert last.held_out < 0.7 * first.held_out
     assert (done.steps, done.ended, done.resumed) == (12, "tokens", False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not student.training
@@ -77,20 +77,20 @@ def test_the_looped_model_comes_closer_to_the_original(name: str, tmp_path: Path
 
 def test_the_curve_is_the_kl_divergence_of_whole_logits(tmp_path: Path) -> None:
     student, teacher = pair()
-    held_out = text()[-heal.HELD_OUT_WINDOWS * 16 :].view(-1, 16)
+    held_out = text()[-HELD_OUT_WINDOWS * 16 :].view(-1, 16)
     with torch.no_grad():
         p = teacher(held_out).logits.double().log_softmax(-1)
         q = student(held_out).logits.double().log_softmax(-1)
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     done = heal.heal(student, teacher, text(), SETTINGS, tmp_path)
-    assert done.curve[0].held_out_kl == pytest.approx(expected, rel=1e-4)
+    assert done.curve[0].held_out == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("train", ["deltas", "all"])
 def test_only_what_was_asked_for_is_trained(train: Any, tmp_path: Path) -> None:
     student, teacher = pair("qwen2")
     before = weights(student)
-    done = heal.heal(student, teacher, text(), Settings(**{**vars(SETTINGS), "train": train}), tmp_path)
+    done = heal.heal(student, teacher, text(), SETTINGS, tmp_path, names=train)
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     shared = {name for name in before if "looped_blocks" in name}
     embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -102,7 +102,7 @@ def test_a_model_in_bfloat16_is_trained_in_float32_and_given_back_as_it_was(tmp_
     student, teacher = pair(dtype=torch.bfloat16)
     done = heal.heal(student, teacher, text(), SETTINGS, tmp_path)
     assert {tensor.dtype for tensor in student.state_dict().values()} == {torch.bfloat16}
-    assert done.curve[-1].held_out_kl < done.curve[0].held_out_kl
+    assert done.curve[-1].held_out < done.curve[0].held_out
 
 
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     done = heal.heal(second, teacher, text(), SETTINGS, tmp_path / "b", seed=3)
     assert done.resumed
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in second.state_dict().items())
-    assert [(point.tokens, point.held_out_kl) for point in done.curve] == [
-        (point.tokens, point.held_out_kl) for point in straight.curve
+    assert [(point.tokens, point.held_out) for point in done.curve] == [
+        (point.tokens, point.held_out) for point in straight.curve
     ]
     other, _ = pair()
     heal.heal(other, teacher, text(), SETTINGS, tmp_path / "c", seed=4)
@@ -171,12 +171,12 @@ def test_a_loss_that_rises_or_is_no_number_ends_it(tmp_path: Path) -> None:
 def test_a_time_limit_ends_it(tmp_path: Path) -> None:
     done = heal.heal(*pair(), text(), Settings(**{**vars(SETTINGS), "limit_seconds": 0.0}), tmp_path)
     assert (done.steps, done.ended) == (0, "time limit")
-    assert done.curve[-1].held_out_kl == done.curve[0].held_out_kl
+    assert done.curve[-1].held_out == done.curve[0].held_out
 
 
 def test_every_window_is_seen_once_a_round_and_the_held_out_ones_never(tmp_path: Path) -> None:
     ids = torch.arange(16 * 40)
-    windows = heal._Windows(ids, SETTINGS, seed=1)
+    windows = Windows(ids, SETTINGS, seed=1)
     seen = torch.cat([windows.of_step(step) for step in range(windows.count // 4)])
     starts = seen[:, 0].tolist()
     assert len(set(starts)) == len(starts)

@@ -203,7 +203,7 @@ def test_healing_is_part_of_the_pass_and_of_its_record(tmp_path: Path) -> None:
     assert divergence(healed, related()) < divergence(loose, related())
     found = record.details["healing"]
     assert (found["tokens"], found["ended"]) == (64 * 30, "tokens")
-    assert found["curve"][-1]["held_out_kl"] < found["curve"][0]["held_out_kl"]
+    assert found["curve"][-1]["held_out"] < found["curve"][0]["held_out"]
     assert record.summary.endswith("healed on 1,920 tokens")
     assert any(note.startswith("healed on 1,920 tokens (0.5 rounds") for note in record.notes)
     json.dumps(record.details)
