@@ -133,6 +133,10 @@ class LoopPass(Pass):
             "error_of": "outputs" if parameters.is_fitted else "weights",
             "shared_error": _shared_errors(plan, found),
             "moment_runs": found.runs,
+            "similarity": [
+                {"layers": list(layers), "before": before, "after": after}
+                for layers, (before, after) in found.similarity.items()
+            ],
         }
         if healed is not None:
             details["healing"] = asdict(healed)
@@ -175,7 +179,10 @@ class LoopPass(Pass):
 
     def _heal(self, model: PreTrainedModel, original: PreTrainedModel, context: PassContext) -> Trained:
         """Distil the original into the looped model on the whole calibration text."""
+        import torch
+
         from passes.loop.heal import heal
+        from passes.loop.own_text import draw
         from passes.loop.training import Settings
 
         text, parameters = context.calibration, self.parameters
@@ -193,6 +200,13 @@ class LoopPass(Pass):
             gradient_checkpointing=parameters.gradient_checkpointing,
             mixed=model.dtype.itemsize == 2,
         )
+        if parameters.heal_drawn:
+            start = getattr(context.tokenizer, "bos_token_id", None)
+            drawn = draw(
+                original, parameters.heal_drawn, parameters.heal_length, start, context.work,
+                seed=context.seed, progress=context.progress,
+            )  # fmt: skip
+            ids = torch.cat([drawn, ids])  # held out are the last windows: of the text
         return heal(
             model, original, ids, settings, context.work,
             names=parameters.heal_train, seed=context.seed, progress=context.progress,

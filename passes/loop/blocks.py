@@ -1,10 +1,9 @@
-"""Fit every block of a plan: statistics of calibration text, ranks shared out, shared and own weights.
+"""Fit every block of a plan: statistics of calibration text, hidden units in one order, ranks, weights.
 
 ::
 
-    batches ──> importance of each linear ──┐
-        └─────> moments of a few layers ────┼──> ranks by what each takes off the error ──> fit, linear by linear
-                  (again for the next few)  ┘
+    batches ──> moments of inputs and of gradients of a few layers ──> hidden units of a block's layers in one order
+                  (again for the next few)                                 └──> ranks ──> fit, linear by linear
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from passes.loop import importance, statistics, tie
+from passes.loop import align, importance, statistics, tie
 from passes.loop.layout import Block, LoopPlan
 from passes.loop.modeling_looped import weight_of
 from passes.loop.parameters import LoopParameters
@@ -45,12 +44,16 @@ class FittedPlan:
         Mean squared gradient by layer and linear; empty where it was not measured.
     runs : int
         Times that the calibration text was run for moments.
+    similarity : dict
+        By the layers of a block, how alike their hidden units were before and after they were put in one order:
+        inner products as a share of squared lengths. Empty where that was not done.
     """
 
     plan: LoopPlan
     fitted: dict[tuple[int, str], tie.Fitted]
     importance: dict[Key, float]
     runs: int
+    similarity: dict[tuple[int, ...], tuple[float, float]]
 
 
 def fit(
@@ -68,7 +71,7 @@ def fit(
     Parameters
     ----------
     model : PreTrainedModel
-        The original; left as it is.
+        The original. What it computes stays the same; hidden units may be in another order afterwards.
     structure : Structure
     plan : LoopPlan
         With even ranks; each block's parameters stay what it says.
@@ -78,30 +81,83 @@ def fit(
     seed : int
     progress : Progress
     """
-    weighed: dict[Key, float] = {}
-    if batches and parameters.uses_importance:
-        few = batches[: max(1, importance.TOKENS // batches[0].numel())]
-        with progress.task("weighing layers", total=len(few)) as task:
-            weighed = importance.measure(
-                model, structure, sorted(plan.shared_layers), few,
-                generator=torch.Generator().manual_seed(seed), task=task,
-            )  # fmt: skip
-    parts = _parts(structure, plan, model.device) if batches else [list(range(len(plan.blocks)))]
+    weighs = bool(batches) and parameters.uses_importance
+    few = batches[: max(1, importance.TOKENS // batches[0].numel())] if weighs else []
+    parts = _parts(structure, plan, model.device, weighs) if batches else [list(range(len(plan.blocks)))]
     blocks = list(plan.blocks)
-    fitted: dict[tuple[int, str], tie.Fitted] = {}
+    found = FittedPlan(plan, {}, {}, len(parts) if batches else 0, {})
     for number, part in enumerate(parts, start=1):
-        moments = None
         layers = sorted(index for block in part for index in plan.blocks[block].layers)
+        label = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
+        known = Statistics(None, {})
+        if weighs:
+            with progress.task(f"weighing layers{label}", total=len(few)) as task:
+                generator = torch.Generator().manual_seed(seed)
+                known.gradients = importance.measure(model, structure, layers, few, generator=generator, task=task)
+            found.importance.update({key: float(item.diagonal().mean()) for key, item in known.gradients.items()})
         if batches:
-            label = "inputs of layers" + (f", part {number} of {len(parts)}" if len(parts) > 1 else "")
-            with progress.task(label, total=len(batches)) as task:
-                moments = statistics.collect(model, structure, layers, batches, task)
+            with progress.task(f"inputs of layers{label}", total=len(batches)) as task:
+                known.inputs = statistics.collect(model, structure, layers, batches, task)
         with progress.task("fitting blocks", total=len(part)) as task:
             for index in part:
-                blocks[index], found = _fit_block(model, structure, plan, index, parameters, moments, weighed)
-                fitted |= {(index, name): item for name, item in found.items()}
+                members = plan.blocks[index].layers
+                if parameters.aligns:
+                    found.similarity[members] = _align(model, structure, members, known)
+                blocks[index], fitted = _fit_block(model, structure, plan, index, parameters, known)
+                found.fitted.update({(index, name): item for name, item in fitted.items()})
                 task.advance()
-    return FittedPlan(replace(plan, blocks=tuple(blocks)), fitted, weighed, len(parts) if batches else 0)
+    return replace(found, plan=replace(plan, blocks=tuple(blocks)))
+
+
+@dataclass
+class Statistics:
+    """What is known of some layers.
+
+    Attributes
+    ----------
+    inputs : Moments or None
+        None where no text is run.
+    gradients : dict
+        E[g gᵀ] of outputs, (out, out); empty where errors are not weighed.
+    """
+
+    inputs: Moments | None
+    gradients: dict[Key, torch.Tensor]
+
+    def importance(self, index: int, name: str) -> float:
+        """Return what a squared error of a linear's output counts."""
+        found = self.gradients.get((index, name))
+        return 1.0 if found is None else float(found.diagonal().mean())
+
+
+def _align(
+    model: PreTrainedModel, structure: Structure, members: Sequence[int], known: Statistics
+) -> tuple[float, float]:
+    """Put the hidden units of a block's layers in one order, in the model and in what is known of them."""
+    stack = model.get_submodule(structure.stack)
+    layers, shapes = [stack[index] for index in members], structure.linears[members[0]]
+
+    def weighing(index: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = shapes[name]
+        gradient = known.gradients.get((index, name))
+        outputs = torch.ones(shape.out_features) if gradient is None else gradient.diagonal()
+        inputs = torch.eye(shape.in_features) if known.inputs is None else known.inputs.of(index, name)
+        return inputs, outputs
+
+    before, after, found = [], [], align.find(layers[0], shapes)
+    for units in found:
+        orders, plain, aligned = align.align(layers, members, units, weighing)
+        before.append(plain)
+        after.append(aligned)
+        for index, (order, signs) in orders.items():
+            if known.inputs is not None:
+                known.inputs.permute(index, units.consumer, order, signs)
+            for name in units.producers:
+                if (index, name) in known.gradients:
+                    turned = signs if name == units.signed else torch.ones_like(signs)
+                    known.gradients[index, name] = statistics.permuted(known.gradients[index, name], order, turned)
+    count = max(1, len(found))
+    return sum(before) / count, sum(after) / count
 
 
 def _fit_block(
@@ -110,8 +166,7 @@ def _fit_block(
     plan: LoopPlan,
     number: int,
     parameters: LoopParameters,
-    moments: Moments | None,
-    weighed: Mapping[Key, float],
+    known: Statistics,
 ) -> tuple[Block, dict[str, tie.Fitted]]:
     """Return a block with the ranks chosen for it, and its weights."""
     block = plan.blocks[number]
@@ -122,14 +177,18 @@ def _fit_block(
     weights: dict[str, list[torch.Tensor]] = {}
     initial: dict[str, torch.Tensor | None] = {}
     factors: dict[str, list[float]] = {}
+    outputs: dict[str, torch.Tensor | None] = {}
+    moments = known.inputs
     for name in shapes:
-        known = {
+        held = {
             index: statistics.exact(weight_of(stack[index].get_submodule(name)).detach())
             for index in _needed(parameters.init, place, alike)
         }
-        weights[name] = [known[index] for index in block.layers]
-        initial[name] = tie.initial_weight(parameters.init, place, alike, known)
-        factors[name] = [weighed.get((index, name), 1.0) for index in block.layers]
+        weights[name] = [held[index] for index in block.layers]
+        initial[name] = tie.initial_weight(parameters.init, place, alike, held)
+        factors[name] = [known.importance(index, name) for index in block.layers]
+        gradients = [known.gradients[index, name] for index in block.layers if (index, name) in known.gradients]
+        outputs[name] = tie.output_factor(gradients) if gradients else None
 
     def inputs(name: str) -> list[torch.Tensor]:  # in float64 they are large: those of one linear at a time
         if moments is not None:
@@ -141,7 +200,7 @@ def _fit_block(
         return {
             name: tie.fit(
                 weights[name], inputs(name), ranks[name],
-                initial=initial[name], rounds=parameters.rounds, importance=factors[name],
+                initial=initial[name], rounds=parameters.rounds, importance=factors[name], outputs=outputs[name],
             )
             for name in shapes
         }  # fmt: skip
@@ -151,14 +210,14 @@ def _fit_block(
     gains = {}
     for name in shapes:
         scaled = [moment * factor for moment, factor in zip(inputs(name), factors[name], strict=True)]
-        start = initial[name]
+        start, factor = initial[name], outputs[name]
+        targets = weights[name] if factor is None else [factor.t() @ weight for weight in weights[name]]
         if start is None:
-            deltas = tie.joint_deltas(weights[name], scaled, block.ranks[name], rounds=1)
-            gains[name] = tie.spectra(weights[name], scaled, deltas)
+            deltas = tie.joint_deltas(targets, scaled, block.ranks[name], rounds=1)
+            gains[name] = tie.spectra(targets, scaled, deltas)
         else:
-            gains[name] = [
-                tie.spectrum(weight - start, moment) for weight, moment in zip(weights[name], scaled, strict=True)
-            ]
+            start = start if factor is None else factor.t() @ start
+            gains[name] = [tie.spectrum(weight - start, moment) for weight, moment in zip(targets, scaled, strict=True)]
     ranks = share_ranks(gains, shapes, block.ranks)
     return Block(block.layers, ranks), fit_all(ranks)
 
@@ -209,7 +268,7 @@ def _needed(init: str, place: int, alike: Sequence[Sequence[int]]) -> tuple[int,
     return tuple(sorted(needed))
 
 
-def _parts(structure: Structure, plan: LoopPlan, device: torch.device) -> list[list[int]]:
+def _parts(structure: Structure, plan: LoopPlan, device: torch.device, weighs: bool) -> list[list[int]]:
     """Return the blocks in as few parts as keeps their moments within a share of the free memory."""
     from profilers.device import memory_available_bytes
 
@@ -218,6 +277,8 @@ def _parts(structure: Structure, plan: LoopPlan, device: torch.device) -> list[l
     held = 0
     for number, block in enumerate(plan.blocks):
         needed = sum(statistics.moment_bytes(structure, index) for index in block.layers)
+        if weighs:
+            needed += sum(importance.moment_bytes(structure, index) for index in block.layers)
         if parts[-1] and held + needed > limit:
             parts.append([])
             held = 0

@@ -1,8 +1,9 @@
 """How much the model's output depends on an error in the output of each linear.
 
-The second-order loss of an error e in what a linear gives out is ``½ eᵀ F e``. F is taken as one number a linear: the
-mean over tokens and channels of the squared gradient of the log-likelihood of tokens drawn from the model itself (the
-Fisher information). Errors of different linears and layers are then of one unit, nats, and can be weighed.
+The second-order loss of an error e in what a linear gives out is ``½ eᵀ F e``, with F = E[g gᵀ] over the gradients g of
+the log-likelihood of tokens drawn from the model itself (the Fisher information). Errors of different linears and of
+different directions of one output are then of one unit, nats, and can be weighed. That F does not depend on the input
+is an approximation (Martens and Grosse, K-FAC, ICML 2015, arXiv:1503.05671, section 3).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from profilers.base import Task
 
-TOKENS = 4096
-"""That are run backwards, at most: one number a linear is known from few."""
+TOKENS = 8192
+"""That are run backwards, at most."""
 
 
 def measure(
@@ -34,8 +35,8 @@ def measure(
     *,
     generator: torch.Generator,
     task: Task | None = None,
-) -> dict[Key, float]:
-    """Return the mean squared gradient of each linear's output.
+) -> dict[Key, torch.Tensor]:
+    """Return the second moments of the gradient of each linear's output, shape (out, out), float32.
 
     Parameters
     ----------
@@ -51,13 +52,17 @@ def measure(
         Advanced by one a batch.
     """
     stack = model.get_submodule(structure.stack)
-    sums: dict[Key, float] = {}
+    sums: dict[Key, torch.Tensor] = {}
     counts: dict[Key, int] = {}
 
     def watch(key: Key) -> Any:
         def on_gradient(gradient: torch.Tensor) -> None:
-            sums[key] = sums.get(key, 0.0) + float(gradient.float().square().sum())
-            counts[key] = counts.get(key, 0) + gradient.numel()
+            rows = gradient.flatten(0, -2).float()
+            if key in sums:
+                sums[key].addmm_(rows.t(), rows)
+            else:
+                sums[key] = rows.t() @ rows
+            counts[key] = counts.get(key, 0) + len(rows)
 
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             if output.requires_grad:
@@ -78,4 +83,9 @@ def measure(
     finally:
         for handle in handles:
             handle.remove()
-    return {key: sums[key] / counts[key] for key in sums}
+    return {key: sums[key].div_(counts[key]) for key in sums}
+
+
+def moment_bytes(structure: Structure, index: int) -> int:
+    """Return the bytes that one layer's second moments take."""
+    return sum(4 * shape.out_features**2 for shape in structure.linears[index].values())

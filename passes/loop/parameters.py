@@ -46,6 +46,10 @@ class LoopParameters(PassParameters):
         default="least-squares",
         description="Weights of a shared block: fitted on calibration text, the average, or those of one layer.",
     )
+    align: bool = Field(
+        default=True,
+        description="Put hidden units of a block's layers in one order first; not with init=stepwise.",
+    )
     rounds: int = Field(
         default=2, ge=1, description="Rounds of fitting shared and own weights together, with init=least-squares."
     )
@@ -59,6 +63,9 @@ class LoopParameters(PassParameters):
     )
     heal_tokens: Annotated[int, BeforeValidator(_count)] = Field(
         default=0, ge=0, description="Tokens of the calibration text to distil the original on afterwards, 5M or 500k."
+    )
+    heal_drawn: Annotated[int, BeforeValidator(_count)] = Field(
+        default=0, ge=0, description="Tokens to draw from the original model, which healing sees beside the text."
     )
     heal_minutes: float | None = Field(default=None, gt=0, description="Most minutes of healing.")
     heal_train: Literal["all", "deltas"] = Field(
@@ -92,6 +99,8 @@ class LoopParameters(PassParameters):
             )
         if self.heal_minutes is not None and not self.heal_tokens:
             raise ValueError("heal_minutes limits healing, and heal_tokens=0 is none: give heal_tokens too")
+        if self.heal_drawn and not self.heal_tokens:
+            raise ValueError("heal_drawn is text for healing, and heal_tokens=0 is none: give heal_tokens too")
         return self
 
     @property
@@ -108,6 +117,11 @@ class LoopParameters(PassParameters):
     def uses_importance(self) -> bool:
         """Whether errors of layers and linears are weighed against each other."""
         return self.init == "least-squares" or (self.rank > 0 and self.allocation == "auto")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether hidden units are put in one order; a block's weights may come from a layer outside it otherwise."""
+        return self.align and self.init != "stepwise"
 
     @property
     def chosen_pattern(self) -> Pattern:

@@ -53,6 +53,17 @@ class Moments:
         """Return E[x xᵀ] of a linear, shape (in, in), float64, where it was summed if there is float64."""
         return exact(self.sums[self.leaders[layer, name]]) / self.tokens
 
+    def permute(self, layer: int, name: str, order: torch.Tensor, signs: torch.Tensor) -> None:
+        """Put the inputs of a linear, which no other one reads, in another order and under other signs."""
+        key = self.leaders[layer, name]
+        self.sums[key] = permuted(self.sums[key], order, signs)
+
+
+def permuted(moment: torch.Tensor, order: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Return E[x xᵀ], (n, n), with x in another order and under other signs, (n,) each."""
+    where, sign = order.to(moment.device), signs.to(moment)
+    return moment[where][:, where] * sign[:, None] * sign
+
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float64: on its device, or on the CPU where the device has none."""

@@ -13,6 +13,9 @@ the outputs::
 - Members in turn, no step raises the error. (Fitting each delta to W_l − W instead would be stuck at once where two
   layers share: both residuals are the same but for their sign, so both deltas would take the same directions.)
 
+Where G tells how much an error counts in each direction of the output (one matrix for all members), everything is done
+on Lᵀ W_l with G = L Lᵀ, and taken back: tr (Lᵀ E) C (Lᵀ E)ᵀ = tr G E C Eᵀ.
+
 Papers: Bae et al., Relaxed Recursive Transformers, ICLR 2025, arXiv:2410.20672 (initial blocks, deltas by SVD of the
 residual). Departures: errors are weighted by activations, and shared and own weights are fitted together.
 """
@@ -26,6 +29,8 @@ import torch
 
 DAMPING = 1e-4
 """Of Σ C_l, as a share of its mean diagonal: draws W to the mean of the weights where inputs say nothing."""
+OUTPUT_DAMPING = 0.1
+"""Of G, as a share of its mean diagonal: it is an estimate, and small directions of it are noise."""
 CONVERGED = 1e-3
 """Relative fall of the error in a round below which no other follows."""
 
@@ -63,6 +68,7 @@ def fit(
     initial: torch.Tensor | None = None,
     rounds: int = 2,
     importance: Sequence[float] | None = None,
+    outputs: torch.Tensor | None = None,
 ) -> Fitted:
     """Return the shared weight and the deltas of one linear.
 
@@ -78,8 +84,13 @@ def fit(
         Over the members, at most; without ``initial`` only.
     importance : sequence of float, optional
         What a squared error of each member counts; default: 1.
+    outputs : torch.Tensor, optional
+        L of :func:`output_factor`, shape (out, out): how errors count by direction of the output; default: all alike.
     """
-    weights = [weight.double() for weight in weights]
+    plain = weights = [weight.double() for weight in weights]
+    if outputs is not None:
+        weights = [outputs.t() @ weight for weight in weights]
+        initial = None if initial is None else outputs.t() @ initial.double()
     importance = importance or [1.0] * len(weights)
     moments = [moment.double() * factor for moment, factor in zip(moments, importance, strict=True)]
     wholes = [_energy(weight, moment) for weight, moment in zip(weights, moments, strict=True)]
@@ -94,12 +105,41 @@ def fit(
         low_rank(weight - shared, moment, rank) for weight, moment, rank in zip(weights, moments, ranks, strict=True)
     ]
     none: list[Delta | None] = [None] * len(weights)
+    if outputs is not None:
+        shared, alone = _back(outputs, shared), _back(outputs, alone)
+        deltas = [None if delta is None else (_back(outputs, delta[0]), delta[1]) for delta in deltas]
+        weights = plain
+        wholes = [_energy(weight, moment) for weight, moment in zip(weights, moments, strict=True)]
     return Fitted(
         shared=shared.float().cpu(),
         deltas=tuple(None if delta is None else (delta[0].float().cpu(), delta[1].float().cpu()) for delta in deltas),
         errors=_relative(_errors(weights, shared, deltas, moments), wholes),
         shared_errors=_relative(_errors(weights, alone, none, moments), wholes),
     )
+
+
+def output_factor(moments: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return L, lower triangular, float64, with L Lᵀ = G: the mean of members' second moments of gradients, damped.
+
+    Parameters
+    ----------
+    moments : sequence of torch.Tensor
+        E[g gᵀ] of each member's output, shape (out, out).
+    """
+    total = torch.stack([moment.double() for moment in moments]).sum(0)
+    scale = float(total.diagonal().mean())
+    if scale <= 0:
+        return torch.eye(len(total), dtype=torch.float64, device=total.device)
+    total /= scale
+    total.diagonal().add_(OUTPUT_DAMPING)
+    factor: torch.Tensor = torch.linalg.cholesky(total)
+    return factor
+
+
+def _back(factor: torch.Tensor, weighed: torch.Tensor) -> torch.Tensor:
+    """Return X of Lᵀ X."""
+    solved: torch.Tensor = torch.linalg.solve_triangular(factor.t(), weighed, upper=True)
+    return solved
 
 
 def joint_deltas(

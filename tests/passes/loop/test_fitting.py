@@ -75,7 +75,7 @@ def test_a_linear_that_is_not_called_for_every_token_is_named() -> None:
         statistics.collect(model, structure, (1,), batches())
 
 
-def test_importance_is_the_mean_squared_gradient_of_the_outputs() -> None:
+def test_importance_is_the_second_moment_of_the_gradients_of_the_outputs() -> None:
     model = build("llama")
     structure = targets.find(model)
     found = importance.measure(model, structure, (0, 3), batches(1), generator=torch.Generator().manual_seed(7))
@@ -94,7 +94,8 @@ def test_importance_is_the_mean_squared_gradient_of_the_outputs() -> None:
     for key, value in found.items():
         gradient = kept[key].grad
         assert gradient is not None
-        assert value == pytest.approx(float(gradient.square().mean()), rel=1e-3)
+        rows = gradient.flatten(0, 1).double()
+        torch.testing.assert_close(value.double(), rows.t() @ rows / len(rows), rtol=1e-3, atol=1e-6)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -141,7 +142,8 @@ def test_moments_that_do_not_fit_are_taken_in_parts(monkeypatch: pytest.MonkeyPa
     model = build("llama")
     structure = targets.find(model)
     plan = LoopPlan.even(structure, ((0, 1), (2, 3)), 4)
-    parameters = LoopParameters(blocks=2, loops=2, rank=4)
+    # Putting units in another order rounds sums otherwise, and ranks may then swap places.
+    parameters = LoopParameters(blocks=2, loops=2, rank=4, align=False)
     whole = blocks.fit(model, structure, plan, parameters, batches(), seed=0, progress=SilentProgress())
     monkeypatch.setattr(blocks, "MEMORY_SHARE", 0.0)
     parted = blocks.fit(model, structure, plan, parameters, batches(), seed=0, progress=SilentProgress())
