@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from passes.loop.blocks import FittedPlan
-    from passes.loop.layout import LoopPlan, Sizes
+    from passes.loop.layout import Groups, LoopPlan, Sizes
     from passes.loop.targets import Structure
     from passes.loop.training import Trained
 
@@ -113,9 +113,9 @@ class LoopPass(Pass):
                 context, parameters.samples, parameters.length,
                 without="loop fits shared weights to text; give a calibration text",
             )  # fmt: skip
-        groups, damages = self._groups(model, structure, batches, context)
+        groups, ranks, damages = self._groups(model, structure, batches, context)
         original = copy.deepcopy(model) if parameters.heal_tokens else None
-        even = LoopPlan.even(structure, groups, parameters.rank)
+        even = LoopPlan.even(structure, groups, ranks)
         found = blocks.fit(
             model, structure, even, parameters, batches if parameters.is_fitted else [],
             seed=context.seed, progress=context.progress,
@@ -163,19 +163,22 @@ class LoopPass(Pass):
 
     def _groups(
         self, model: PreTrainedModel, structure: Structure, batches: Sequence[torch.Tensor], context: PassContext
-    ) -> tuple[tuple[tuple[int, ...], ...], dict[tuple[int, ...], float]]:
-        """Return which layers share, and the damages that they were chosen by."""
-        from passes.loop import grouping
+    ) -> tuple[Groups, Sequence[int], dict[tuple[int, ...], float]]:
+        """Return which layers share, with which rank, and the damages that they were chosen by."""
+        from passes.loop import damage, grouping
 
         parameters = self.parameters
         grouping.check(parameters, structure)
         if parameters.chosen_pattern != "free":
-            return grouping.regular(parameters, structure), {}
-        from passes.loop.damage import measure
-
+            groups = grouping.regular(parameters, structure)
+            return groups, (parameters.even_rank,) * len(groups), {}
+        if parameters.aligns:
+            damage.align_neighbours(model, structure, grouping.looped_layers(parameters, structure))
         rows = max(1, parameters.damage_samples // max(1, batches[0].shape[0]))
-        damages = measure(model, structure, batches[:rows], grouping.candidates(parameters, structure), context)
-        return grouping.free(parameters, structure, damages), damages
+        damages = damage.measure(model, structure, batches[:rows], grouping.candidates(parameters, structure), context)
+        left = damage.Remaining(model, structure)
+        chosen = grouping.free(parameters, structure, lambda group, rank: damages[group] * left.share(group, rank))
+        return tuple(option.layers for option in chosen), [option.rank for option in chosen], damages
 
     def _heal(self, model: PreTrainedModel, original: PreTrainedModel, context: PassContext) -> Trained:
         """Distil the original into the looped model on the whole calibration text."""

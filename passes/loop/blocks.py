@@ -205,7 +205,7 @@ def _fit_block(
             for name in shapes
         }  # fmt: skip
 
-    if parameters.allocation == "even" or not parameters.rank or moments is None:
+    if parameters.allocation == "even" or not any(map(any, block.ranks.values())) or moments is None:
         return block, fit_all(block.ranks)
     gains = {}
     for name in shapes:

@@ -4,13 +4,13 @@
 
     CYCLE     A B C A B C     layers b, b + blocks, b + 2 blocks, …
     SEQUENCE  A A B B C C     runs of neighbours
-    free      A B B C D D D   runs of neighbours of any length, by what sharing was measured to cost
+    free      A B B C D D D   runs of neighbours of any length, each with a rank, by what sharing was measured to cost
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from passes.base import PassError
 from passes.loop.layout import Groups, LoopPlan, check_kinds, check_rank
@@ -39,7 +39,7 @@ def check(parameters: LoopParameters, structure: Structure) -> None:
         for name, shape in structure.linears[index].items()
     }
     index, name = min(sides, key=lambda key: sides[key])
-    check_rank(parameters.rank, 0, name, structure, index)
+    check_rank(parameters.rank or 0, 0, name, structure, index)
     if parameters.blocks is not None or (parameters.target is not None and parameters.chosen_pattern != "free"):
         regular(parameters, structure)
     elif parameters.target is not None:
@@ -99,7 +99,7 @@ def regular(parameters: LoopParameters, structure: Structure) -> Groups:
         groups = arrange(layers, len(layers) // loops, pattern)
         if not can_share(structure, groups):
             continue
-        size = LoopPlan.even(structure, groups, parameters.rank).sizes(structure).parameters_after
+        size = LoopPlan.even(structure, groups, parameters.even_rank).sizes(structure).parameters_after
         if size <= _budget(parameters, structure):
             return groups
         least = min(least, size)
@@ -150,52 +150,68 @@ def saving(structure: Structure, group: Sequence[int], rank: int) -> int:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A group of neighbours that may share, and the rank of their own parts.
+
+    Attributes
+    ----------
+    layers : tuple of int
+    rank : int
+    saved : int
+        Parameters; negative where the parts take more than sharing saves.
+    damage : float
+        Nats a token.
+    """
+
+    layers: tuple[int, ...]
+    rank: int
+    saved: int
+    damage: float
+
+
+@dataclass(frozen=True)
 class _Partial:
-    """A grouping of the first layers."""
+    """A choice for the first layers."""
 
     saved: int
     damage: float
-    groups: Groups
+    options: tuple[Option, ...]
 
 
-def choose(
-    layers: int, damages: Mapping[tuple[int, ...], float], savings: Mapping[tuple[int, ...], int], needed: int
-) -> Groups:
-    """Return disjoint groups of neighbours that save at least ``needed`` parameters at the least summed damage.
+def choose(layers: int, options: Sequence[Option], needed: int) -> tuple[Option, ...]:
+    """Return options of disjoint layers that save at least ``needed`` parameters at the least summed damage.
 
-    Exact: for each prefix of the layers, of all its groupings those are kept which no other betters in both.
+    Exact: for each prefix of the layers, of all its choices those are kept which no other betters in both.
 
     Parameters
     ----------
     layers : int
-    damages : mapping
-        Of each group that may be chosen; a group is a run of neighbouring indices.
-    savings : mapping
-        Parameters that each saves.
+    options : sequence of Option
+        Of neighbouring layers each.
     needed : int
 
     Raises
     ------
     PassError
-        If no grouping saves so much.
+        If no choice saves so much.
     """
-    ending: dict[int, list[tuple[int, ...]]] = {}
-    for group in damages:
-        ending.setdefault(group[-1] + 1, []).append(group)
+    ending: dict[int, list[Option]] = {}
+    for option in options:
+        ending.setdefault(option.layers[-1] + 1, []).append(option)
     fronts: list[list[_Partial]] = [[_Partial(0, 0.0, ())]]
     for stop in range(1, layers + 1):
         reached = list(fronts[stop - 1])
-        for group in ending.get(stop, ()):
+        for option in ending.get(stop, ()):
             reached += [
-                _Partial(part.saved + savings[group], part.damage + damages[group], (*part.groups, group))
-                for part in fronts[group[0]]
+                _Partial(part.saved + option.saved, part.damage + option.damage, (*part.options, option))
+                for part in fronts[option.layers[0]]
             ]
         fronts.append(_undominated(reached, needed))
     enough = [part for part in fronts[layers] if part.saved >= needed]
     if not enough:
         most = max(part.saved for part in fronts[layers])
         raise PassError(f"sharing saves {most:,} parameters at most, and {needed:,} are needed")
-    return min(enough, key=lambda part: (part.damage, -part.saved)).groups
+    return min(enough, key=lambda part: (part.damage, -part.saved)).options
 
 
 def _undominated(parts: list[_Partial], needed: int) -> list[_Partial]:
@@ -207,19 +223,41 @@ def _undominated(parts: list[_Partial], needed: int) -> list[_Partial]:
     return kept
 
 
-def free(parameters: LoopParameters, structure: Structure, damages: Mapping[tuple[int, ...], float]) -> Groups:
-    """Return the groups of least summed damage that meet the target."""
-    savings = {group: saving(structure, group, parameters.rank) for group in damages}
-    return choose(structure.layers, damages, savings, structure.parameters - _budget(parameters, structure))
+def options(
+    parameters: LoopParameters, structure: Structure, damage: Callable[[tuple[int, ...], int], float]
+) -> list[Option]:
+    """Return every group of neighbours with every rank that it may have.
+
+    Parameters
+    ----------
+    parameters : LoopParameters
+    structure : Structure
+    damage : callable
+        Of a group and a rank, nats a token.
+    """
+    found = []
+    for group in candidates(parameters, structure):
+        side = min(min(shape.out_features, shape.in_features) for shape in structure.linears[group[0]].values())
+        for rank in parameters.ranks:
+            saved = saving(structure, group, rank)
+            if rank <= side and (saved > 0 or parameters.rank is not None):
+                found.append(Option(group, rank, saved, damage(group, rank)))
+    return found
+
+
+def free(
+    parameters: LoopParameters, structure: Structure, damage: Callable[[tuple[int, ...], int], float]
+) -> tuple[Option, ...]:
+    """Return the groups and ranks of least summed damage that meet the target."""
+    needed = structure.parameters - _budget(parameters, structure)
+    return choose(structure.layers, options(parameters, structure, damage), needed)
 
 
 def _check_reachable(parameters: LoopParameters, structure: Structure) -> None:
     """Refuse a target that no grouping meets, naming the least share possible."""
-    groups = candidates(parameters, structure)
-    savings = {group: saving(structure, group, parameters.rank) for group in groups}
     # With the savings as the negative damage, the least damage is the most that can be saved.
-    best = choose(structure.layers, {group: -float(saved) for group, saved in savings.items()}, savings, 0)
-    least = structure.parameters - sum(savings[group] for group in best)
+    most = [replace(option, damage=-float(option.saved)) for option in options(parameters, structure, lambda *_: 0.0)]
+    least = structure.parameters - sum(option.saved for option in choose(structure.layers, most, 0))
     if least > _budget(parameters, structure):
         raise _too_low(parameters, structure, least)
 
@@ -235,10 +273,15 @@ def _too_low(parameters: LoopParameters, structure: Structure, least: int) -> Pa
     fixed = f"{outside / structure.parameters:.1%} are embeddings and others outside the layers"
     loops = f", max_loops={parameters.max_loops}" if parameters.chosen_pattern == "free" else ""
     return PassError(
-        f"target={parameters.target:g} cannot be met: with rank={parameters.rank}, "
+        f"target={parameters.target:g} cannot be met: with rank={_rank(parameters)}, "
         f"pattern={parameters.chosen_pattern}{loops} at least {share:.4f} of the {structure.parameters:,} parameters "
         f"stay ({fixed}); give target={_up(share):g} or more, a smaller rank, or more loops"
     )
+
+
+def _rank(parameters: LoopParameters) -> int:
+    """Return the rank that most is saved with."""
+    return min(parameters.ranks) if parameters.chosen_pattern == "free" else parameters.even_rank
 
 
 def _up(share: float) -> float:

@@ -108,14 +108,12 @@ class LoopPlan:
         return self.layers - sum(len(block.layers) - 1 for block in self.blocks)
 
     @classmethod
-    def even(cls, structure: Structure, groups: Sequence[Sequence[int]], rank: int) -> LoopPlan:
-        """Return the plan with one rank for every linear and member."""
+    def even(cls, structure: Structure, groups: Sequence[Sequence[int]], rank: int | Sequence[int]) -> LoopPlan:
+        """Return the plan with one rank for every linear and member, the same for all groups or one for each."""
+        ranks = (rank,) * len(groups) if isinstance(rank, int) else rank
         blocks = (
-            Block(
-                tuple(sorted(group)),
-                {name: (rank,) * len(group) for name in structure.linears[min(group)]},
-            )
-            for group in groups
+            Block(tuple(sorted(group)), {name: (own,) * len(group) for name in structure.linears[min(group)]})
+            for group, own in zip(groups, ranks, strict=True)
             if len(group) > 1
         )
         return cls(structure.stack, structure.layers, tuple(sorted(blocks, key=lambda block: block.layers[0])))

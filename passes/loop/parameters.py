@@ -11,6 +11,9 @@ from passes.base import PassParameters
 
 Pattern = Literal["cycle", "sequence", "free"]
 Init = Literal["least-squares", "average", "stepwise", "lower"]
+DEFAULT_RANK = 64
+RANKS = (0, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""What is chosen from; those that a layer's matrices are too small for are left out."""
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -31,7 +34,14 @@ class LoopParameters(PassParameters):
         lt=1,
         description="Parameters to keep, as a share of all that the model stores; in place of blocks and loops.",
     )
-    rank: int = Field(default=64, ge=0, description="Of each layer's own low-rank part of a shared linear; 0: none.")
+    rank: int | None = Field(
+        default=None,
+        ge=0,
+        description=(
+            "Of each layer's own low-rank part of a shared linear, 0: none; default: 64, and with pattern=free chosen "
+            "for each block."
+        ),
+    )
     pattern: Literal["auto", "cycle", "sequence", "free"] = Field(
         default="auto",
         description=(
@@ -104,6 +114,16 @@ class LoopParameters(PassParameters):
         return self
 
     @property
+    def even_rank(self) -> int:
+        """The rank of every block, where none is chosen for each."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that each block may have, ascending, with pattern=free."""
+        return RANKS if self.rank is None else (self.rank,)
+
+    @property
     def is_complete(self) -> bool:
         """Whether blocks and loops, or a target, are given."""
         return self.target is not None or self.blocks is not None
@@ -111,12 +131,12 @@ class LoopParameters(PassParameters):
     @property
     def is_fitted(self) -> bool:
         """Whether calibration text is run to fit weights."""
-        return self.init == "least-squares" or self.rank > 0
+        return self.init == "least-squares" or self.rank != 0
 
     @property
     def uses_importance(self) -> bool:
         """Whether errors of layers and linears are weighed against each other."""
-        return self.init == "least-squares" or (self.rank > 0 and self.allocation == "auto")
+        return self.init == "least-squares" or (self.rank != 0 and self.allocation == "auto")
 
     @property
     def aligns(self) -> bool:

@@ -134,7 +134,7 @@ def expected(parameters: LoopParameters, structure: Structure) -> LoopPlan:
     """
     grouping.check(parameters, structure)
     if parameters.blocks is not None or (parameters.target is not None and parameters.chosen_pattern != "free"):
-        return LoopPlan.even(structure, grouping.regular(parameters, structure), parameters.rank)
+        return LoopPlan.even(structure, grouping.regular(parameters, structure), parameters.even_rank)
     if parameters.target is None:
         layers = grouping.looped_layers(parameters, structure)
         regular = [_regular(parameters, structure, layers, loops) for loops in grouping.divisors(len(layers))]
@@ -143,11 +143,15 @@ def expected(parameters: LoopParameters, structure: Structure) -> LoopPlan:
             return first
         parameters = parameters.model_copy(update={"target": 1 - 1e-9})
     middle = (structure.layers - 1) / 2
-    guesses = {
-        group: 1.0 + sum(abs(index - middle) for index in group) / structure.layers**2
-        for group in grouping.candidates(parameters, structure)
-    }
-    return LoopPlan.even(structure, grouping.free(parameters, structure, guesses), parameters.rank)
+
+    def guess(group: tuple[int, ...], rank: int) -> float:
+        """Return a damage as if all differences were alike and had flat spectra, a little less in the middle."""
+        side = min(min(shape.out_features, shape.in_features) for shape in structure.linears[group[0]].values())
+        left = max(0.0, 1 - len(group) / (len(group) - 1) * rank / side)
+        return left * (len(group) - 1) * (1.0 + sum(abs(index - middle) for index in group) / structure.layers**2)
+
+    chosen = grouping.free(parameters, structure, guess)
+    return LoopPlan.even(structure, [option.layers for option in chosen], [option.rank for option in chosen])
 
 
 def compared(parameters: LoopParameters, structure: Structure, chosen: LoopPlan) -> list[LoopPlan]:
@@ -167,7 +171,7 @@ def _regular(parameters: LoopParameters, structure: Structure, layers: range, lo
     groups = grouping.arrange(layers, len(layers) // loops, pattern)
     if not grouping.can_share(structure, groups):
         return None
-    return LoopPlan.even(structure, groups, parameters.rank)
+    return LoopPlan.even(structure, groups, parameters.even_rank)
 
 
 def _named(plan: LoopPlan) -> str:
@@ -240,7 +244,7 @@ def _cost(
         for shape in structure.linears[index].values()
     )
     rounds = 1 + (parameters.allocation == "auto") * 2
-    rounds += parameters.rounds if parameters.init == "least-squares" and parameters.rank else 0
+    rounds += parameters.rounds if parameters.init == "least-squares" and parameters.rank != 0 else 0
     fits = sum(
         rounds * (EIGEN_FLOPS * min(s.out_features, s.in_features) ** 3 + 2.0 * s.out_features * s.in_features**2)
         for block in plan.blocks

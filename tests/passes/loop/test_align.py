@@ -11,6 +11,7 @@ from torch import nn
 
 from passes.loop import align, blocks, targets
 from passes.loop.align import HiddenUnits
+from passes.loop.damage import Remaining
 from passes.loop.layout import LoopPlan
 from passes.loop.modeling_looped import sizes, weight_of
 from passes.loop.parameters import LoopParameters
@@ -116,3 +117,17 @@ def test_a_layer_and_its_permuted_copy_share_one_weight_without_loss(init: str) 
         worst[aligned] = max(error for fitted in found.fitted.values() for error in fitted.errors)
         assert set(found.similarity) == ({(1, 2)} if aligned else set())
     assert worst[True] < 1e-6 < 1e-2 < worst[False]
+
+
+def test_what_low_rank_parts_leave_of_two_layers_is_the_tail_of_their_difference() -> None:
+    model = build("llama")
+    structure = targets.find(model)
+    left, whole = 0.0, 0.0
+    for name in structure.linears[0]:
+        one, two = (weight_of(model.model.layers[index].get_submodule(name)).detach().double() for index in (0, 1))
+        values = torch.linalg.svdvals(one - two).square()
+        left, whole = left + float(values[6:].sum()), whole + float(values.sum())
+    remaining = Remaining(model, structure)
+    assert remaining.share((0, 1), 3) == pytest.approx(left / whole, rel=1e-4)
+    assert remaining.share((0, 1), 0) == pytest.approx(1.0)
+    assert 0 < remaining.share((0, 1, 2), 3) < 1

@@ -11,6 +11,7 @@ import pytest
 
 from passes.base import PassError
 from passes.loop import LoopParameters, grouping, targets
+from passes.loop.grouping import Option
 from passes.loop.layout import LoopPlan
 from profilers.meta import meta_model
 from tests.passes.loop.small import CONFIGS
@@ -68,25 +69,48 @@ def test_the_choice_is_the_best_of_all_groupings(seed: int) -> None:
     allowed = {group for group in runs(layers, 4) if rolled.random() < 0.8}
     damages = {group: rolled.choice([0.0, rolled.random(), 5 * rolled.random()]) for group in allowed}
     savings = {group: rolled.choice([100, 120, 7]) * (len(group) - 1) - rolled.choice([0, 130]) for group in allowed}
+    options = [Option(group, 3, savings[group], damages[group]) for group in sorted(allowed)]
     every = list(groupings(layers, allowed))
     most = max(sum(savings[group] for group in chosen) for chosen in every)
     for needed in (0, 1, most // 3, most // 2, most):
         enough = [chosen for chosen in every if sum(savings[group] for group in chosen) >= needed]
         best = min(sum(damages[group] for group in chosen) for chosen in enough)
-        found = grouping.choose(layers, damages, savings, needed)
+        found = [option.layers for option in grouping.choose(layers, options, needed)]
         assert sum(damages[group] for group in found) == pytest.approx(best)
         assert sum(savings[group] for group in found) >= needed
     with pytest.raises(PassError, match="parameters at most"):
-        grouping.choose(layers, damages, savings, most + 1)
+        grouping.choose(layers, options, most + 1)
 
 
 def test_free_meets_the_target_where_sharing_costs_least() -> None:
     known = structure()
     parameters = LoopParameters(target=0.9, rank=2, max_loops=2)
-    damages = {group: float(abs(group[0] - 3)) for group in grouping.candidates(parameters, known)}
-    groups = grouping.free(parameters, known, damages)
-    assert groups == ((3, 4),)
-    assert LoopPlan.even(known, groups, 2).sizes(known).share <= 0.9
+    chosen = grouping.free(parameters, known, lambda group, rank: float(abs(group[0] - 3)))
+    assert [(option.layers, option.rank) for option in chosen] == [((3, 4), 2)]
+    assert LoopPlan.even(known, [(3, 4)], 2).sizes(known).share <= 0.9
+
+
+def test_ranks_are_chosen_with_the_groups() -> None:
+    known = structure()
+    parameters = LoopParameters(target=0.85, max_loops=2)
+
+    def damage(group: tuple[int, ...], rank: int) -> float:
+        return max(0.0, 1 - rank / 9) * (10.0 if 0 in group else 1.0)
+
+    every = grouping.options(parameters, known, damage)
+    assert {option.rank for option in every} <= {0, 8, 16} and all(option.saved > 0 for option in every)
+    needed = known.parameters - int(0.85 * known.parameters)
+    best = min(
+        sum(option.damage for option in chosen)
+        for count in range(4)
+        for chosen in itertools.combinations(every, count)
+        if sum(option.saved for option in chosen) >= needed
+        and len({index for option in chosen for index in option.layers}) == 2 * count
+    )
+    chosen = grouping.free(parameters, known, damage)
+    assert sum(option.damage for option in chosen) == pytest.approx(best)
+    plan = LoopPlan.even(known, [option.layers for option in chosen], [option.rank for option in chosen])
+    assert plan.sizes(known).share <= 0.85
 
 
 def test_a_target_below_what_can_be_reached_names_the_least() -> None:
