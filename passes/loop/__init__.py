@@ -140,6 +140,7 @@ class LoopPass(Pass):
         }
         if healed is not None:
             details["healing"] = asdict(healed)
+            details["curves"] = [_curve(healed)]
         if damages:
             details["damages"] = [
                 {"layers": list(group), "kl": damage, "chosen": group in groups} for group, damage in damages.items()
@@ -246,6 +247,24 @@ def _plain(sizes: Sizes) -> dict[str, Any]:
         "share": sizes.share,
         "layers_share": sizes.layers_share,
         "delta_flops_per_token": sizes.delta_flops_per_token,
+    }
+
+
+def _curve(healed: Trained) -> dict[str, Any]:
+    """Return the curve of healing as reports draw it."""
+    return {
+        "title": "Healing, by tokens trained on",
+        "unit": "nats a token",
+        "series": [
+            {
+                "name": "KL divergence, held-out text",
+                "points": [[point.tokens, point.held_out] for point in healed.curve],
+            },
+            {
+                "name": "loss in training",
+                "points": [[point.tokens, point.loss] for point in healed.curve if point.loss is not None],
+            },
+        ],
     }
 
 

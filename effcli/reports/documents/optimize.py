@@ -6,7 +6,7 @@ from functools import partial
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports import change_charts
+from effcli.reports import change_charts, curve_chart
 from effcli.reports.blocks import (
     Block,
     Chart,
@@ -40,6 +40,7 @@ ROOFLINE = (
 )
 NO_ROOFLINE = "No roofline: it needs a measured peak and timed points before and after."
 LAYERS = "Colour: relative squared error, the largest of the layers in a cell. Text in a cell: bits, where they differ."
+NO_CURVES = "No curve: all its values are zero."
 SETUP = ("model", "environment", "warnings")
 STAYED = 0.05
 """Share of heads on the other side of ε up to which the sinks stayed."""
@@ -60,6 +61,9 @@ def document(report: Report) -> Document:
     for number_, record in enumerate(steps.passes(report)):
         draw = partial(change_charts.layer_chart, steps.layers(record), number_)
         figures[f"layers-{number_}"] = Figure(draw, LAYERS)
+        for index, curves in enumerate(curve_chart.curves(record)):
+            name = f"curve-{number_}-{index}"
+            figures[name] = Figure(partial(curve_chart.chart, curves, name), curves.title, NO_CURVES)
     return Document(
         command="effcli optimize",
         heading="Optimized:",

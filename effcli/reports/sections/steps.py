@@ -8,6 +8,7 @@ from typing import Any
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
+from effcli.reports import curve_chart
 from effcli.reports.blocks import Block, Chart, Facts, Report, Section, Table, columns, items, texts, unique
 from effcli.reports.changes import METRICS, mapping, number
 from effcli.reports.sections.change import figure, signed_percent
@@ -38,6 +39,8 @@ def section(report: Report) -> Section:
         blocks.append(_facts(record, name))
         if layers(record):
             blocks += [_by_kind(layers(record), name), Chart(f"layers-{number_}")]
+        for index, found in enumerate(curve_chart.curves(record)):
+            blocks += [Chart(f"curve-{number_}-{index}"), curve_chart.table(found)]
         skipped = [entry for entry in items(record, "skipped") if isinstance(entry, dict)]
         if skipped:
             blocks.append(_skipped(skipped, name))
