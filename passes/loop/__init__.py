@@ -185,6 +185,7 @@ class LoopPass(Pass):
         """Distil the original into the looped model on the whole calibration text."""
         import torch
 
+        from passes.loop import launched
         from passes.loop.heal import heal
         from passes.loop.own_text import draw
         from passes.loop.training import Settings
@@ -211,6 +212,15 @@ class LoopPass(Pass):
                 seed=context.seed, progress=context.progress,
             )  # fmt: skip
             ids = torch.cat([drawn, ids])  # held out are the last windows: of the text
+        processes = parameters.heal_processes
+        if processes is None:
+            most = torch.cuda.device_count() if model.device.type == "cuda" else 1
+            processes = max(count for count in range(1, most + 1) if settings.batch % count == 0)
+        if processes > 1:
+            return launched.heal(
+                model, original, ids, settings, context.work,
+                processes=processes, names=parameters.heal_train, seed=context.seed, progress=context.progress,
+            )  # fmt: skip
         return heal(
             model, original, ids, settings, context.work,
             names=parameters.heal_train, seed=context.seed, progress=context.progress,

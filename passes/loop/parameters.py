@@ -85,6 +85,9 @@ class LoopParameters(PassParameters):
     heal_length: int = Field(default=512, ge=16, description="Tokens of one window of healing.")
     heal_batch: int = Field(default=4, ge=1, description="Windows of one step of healing.")
     learning_rate: float = Field(default=3e-4, gt=0, description="The highest of healing.")
+    heal_processes: int | None = Field(
+        default=None, ge=1, description="Processes that heal together, one a GPU; default: as many as there are GPUs."
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations twice while healing, for less memory."
     )

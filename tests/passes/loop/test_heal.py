@@ -188,3 +188,30 @@ def test_every_window_is_seen_once_a_round_and_the_held_out_ones_never(tmp_path:
 def test_too_short_a_text() -> None:
     with pytest.raises(PassError, match="80 tokens, too few for steps of 4 windows of 16 tokens; give a text of 144"):
         heal.heal(*pair(), text(80), SETTINGS, Path("unused"))
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
+    from passes.loop import launched
+    from profilers.base import SilentProgress
+
+    settings = Settings(**{**vars(SETTINGS), "tokens": 3 * 4 * 16})
+    whole, teacher = pair()
+    one = heal.heal(whole, teacher, text(), settings, tmp_path / "one", seed=3)
+    shared, _ = pair()
+    before = weights(shared)
+    two = launched.heal(
+        shared, teacher, text(), settings, tmp_path / "two", processes=2, seed=3, progress=SilentProgress()
+    )
+    assert (two.processes, two.steps, two.trained_parameters) == (2, one.steps, one.trained_parameters)
+    # AdamW makes steps of one size out of gradients of any size, so rounding shows where gradients are next to nothing.
+    assert [point.held_out for point in two.curve] == pytest.approx([point.held_out for point in one.curve], rel=0.02)
+    for name, tensor in shared.state_dict().items():
+        moved = (tensor - before[name]).norm()
+        assert (tensor - whole.state_dict()[name]).norm() <= 0.2 * moved + 1e-6
+    assert [path.name for path in (tmp_path / "two").iterdir()] == []
+    with pytest.raises(PassError, match="5 windows of a step do not divide among 2 processes"):
+        launched.heal(
+            shared, teacher, text(), Settings(**{**vars(SETTINGS), "batch": 5}), tmp_path / "odd", processes=2,
+            progress=SilentProgress(),
+        )  # fmt: skip
