@@ -22,7 +22,7 @@ from effcli.reports.optimize_model import (
     Size,
 )
 from effcli.staging import Staging, link_or_copy
-from passes.base import Figures, KernelUse, PassRecord
+from passes.base import Figures, KernelUse, Measured, MeasuredColumn, MeasuredTable, PassRecord
 
 if TYPE_CHECKING:
     from effcli.stage_times import Times
@@ -185,7 +185,23 @@ def build_report(job: Job, results: Results, records: tuple[PassRecord, ...], ti
             *profile_warnings("after", results.after),
         ),
         output=job.output,
+        measured=tuple(_measured_from(data) for data in results.after["measured"]),
     )
+
+
+def _measured_from(data: Mapping[str, Any] | None) -> Measured | None:
+    """Return what :func:`effcli.reports.model.plain` made this data from."""
+    if data is None:
+        return None
+    tables = tuple(
+        MeasuredTable(
+            table["title"],
+            tuple(MeasuredColumn(**column) for column in table["columns"]),
+            tuple(tuple(row) for row in table["rows"]),
+        )
+        for table in data["tables"]
+    )
+    return Measured(data["summary"], tables, tuple(data["notes"]), dict(data["details"]))
 
 
 def profile_warnings(stage: str, result: Mapping[str, Any]) -> tuple[str, ...]:

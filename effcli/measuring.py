@@ -4,7 +4,7 @@
 
     before: load the source ── profile ── reference of its logits ── tasks          (worker 1)
     after:  read the staged folder ── profile ── quality against the reference ── tasks ── compiled decode
-            ── logits of the fast kernels against plain weights                     (worker 2)
+            ── what each pass measures itself ── logits of the fast kernels against plain weights     (worker 2)
 
 Both run through :mod:`effcli.worker`; results are JSON-ready.
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from effcli.checkpoint import Loaded
     from effcli.loading import LoadedModel
     from profilers.quality import Reference
 
@@ -137,6 +138,7 @@ def after(
     checkpoint: str,
     shown_as: str,
     before_folder: str,
+    before_profile: Mapping[str, Any],
     device: str,
     dtype: str,
     batch: int,
@@ -163,6 +165,8 @@ def after(
         Where the checkpoint will be, for the report.
     before_folder : str
         Where :func:`before` left windows and reference.
+    before_profile : mapping
+        ``effcli.profile/1`` of the original.
     task_before : mapping or None
         What :func:`before` scored.
     quality : bool
@@ -214,6 +218,8 @@ def after(
     if compile:
         with clock.stage("profile"):
             result["compiled"] = plain(checkpoints.measure_compiled_decode(found.model, context))
+    with clock.stage("passes"), quiet_transformers():
+        result["measured"] = _measured(found, before_profile, result["profile"], batch, context, seed, progress)
     if fast is not None:
         del shown, found
         gc.collect()
@@ -223,6 +229,35 @@ def after(
                 logit_agreement(fast, record_reference(simple.model, fast.windows, progress=progress))
             )
     return {**result, "seconds": clock.seconds}
+
+
+def _measured(
+    found: Loaded,
+    before_profile: Mapping[str, Any],
+    after_profile: Mapping[str, Any],
+    batch: int,
+    context: int,
+    seed: int,
+    progress: Progress,
+) -> list[Any]:
+    """Return what each pass of the run measured itself, None for one that measures nothing."""
+    from effcli import planning
+    from passes import registry
+    from passes.base import MeasureContext
+
+    point = MeasureContext(
+        before=before_profile,
+        after=after_profile,
+        peaks=planning.peaks_of(after_profile),
+        batch=batch,
+        context=context,
+        seed=seed,
+        progress=progress,
+    )
+    done = found.provenance.passes if found.provenance is not None else ()
+    return [
+        plain(registry.load(record.name).from_mapping(record.parameters).measure(found.model, point)) for record in done
+    ]
 
 
 def logit_agreement(fast: Reference, simple: Reference) -> KernelAgreement:

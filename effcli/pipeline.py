@@ -245,9 +245,11 @@ class Run:
             self.progress,
         )
         spent = time.perf_counter() - started
-        measured = {"profile": name, "quality": f"{name}: quality"}
+        measured = {"profile": name, "quality": f"{name}: quality", "passes": f"{name}: what passes measure"}
         for part, label in measured.items():
-            seconds = result["seconds"].get(part, 0.0)
+            seconds = result["seconds"].get(part)
+            if seconds is None:
+                continue
             spent -= seconds
             self.times.add(StageTime(label, seconds, own=False))
         self.times.add(StageTime("starting measuring processes", max(0.0, spent), own=True))
@@ -350,6 +352,7 @@ class Run:
             checkpoint=str(self.staging.path(f"pass-{len(job.chain)}")),
             shown_as=str(job.target),
             before_folder=str(self.staging.path("before")),
+            before_profile=before["profile"],
             task_before=before["task"],
             quality=before["quality_reason"] is None,
             kernels=options.kernels,

@@ -158,9 +158,7 @@ def model_profile(
     """
     import torch
 
-    stored = report["environment"].get("peaks")
-    if stored is None:
-        raise BadInputError("the profile holds no measured peaks of the device; profile the model again")
+    peaks = peaks_of(report)
     point = _point(report, batch, context)
     kv = (report["profiles"].get("kv") or {}).get("bytes_per_token")
     latency = point or {}
@@ -168,7 +166,7 @@ def model_profile(
         model=meta_model,
         dtype=getattr(torch, DTYPES[report["model"]["dtype"]]),
         device=device,
-        peaks=_peaks(stored),
+        peaks=peaks,
         batch=latency.get("batch", batch or 1),
         context=latency.get("context", context or DEFAULT_CONTEXT),
         figures=Figures(
@@ -195,9 +193,19 @@ def _point(report: Mapping[str, Any], batch: int | None, context: int | None) ->
     return suited[0] if suited else None
 
 
-def _peaks(stored: Mapping[str, Any]) -> Peaks:
+def peaks_of(report: Mapping[str, Any]) -> Peaks:
+    """Return the device's ceilings that a profile holds.
+
+    Raises
+    ------
+    BadInputError
+        If it holds none.
+    """
     from profilers.peaks import Peaks, WorkingSetBandwidth
 
+    stored = report["environment"].get("peaks")
+    if stored is None:
+        raise BadInputError("the profile holds no measured peaks of the device; profile the model again")
     levels = tuple(WorkingSetBandwidth(**level) for level in stored["by_working_set"])
     return Peaks(**{**stored, "by_working_set": levels, "notes": tuple(stored["notes"])})
 

@@ -5,7 +5,8 @@
     parameters (typed, unknown keys refused) ──> Pass ─┬─ plan(profile)          -> Prediction   before it runs
                                                        ├─ apply(model, context)  -> PassRecord   changes the model
                                                        ├─ save(model, folder)                    what it changed
-                                                       └─ load(folder, model, options) -> LoadRecord   back, fast
+                                                       ├─ load(folder, model, options) -> LoadRecord   back, fast
+                                                       └─ measure(model, context) -> Measured   of the loaded result
 
 A pass is found by name through the entry point group ``effcli.passes`` (:mod:`passes.registry`), the built-in ones
 included. See ``docs/adding-a-pass.md``.
@@ -298,6 +299,82 @@ class LoadRecord:
     notes: tuple[str, ...] = ()
 
 
+MeasuredUnit = Literal["text", "number", "bytes", "seconds", "fraction"]
+"""What a column of a :class:`MeasuredTable` holds: text, or numbers in an SI base unit."""
+
+
+@dataclass(frozen=True)
+class MeasureContext:
+    """What :meth:`Pass.measure` runs with, in the process that verifies the result.
+
+    Attributes
+    ----------
+    before, after : dict
+        Profiles of the original and of the result, ``effcli.profile/1`` as plain data.
+    peaks : Peaks
+        The device's ceilings, as measured beside the result.
+    batch, context : int
+        Of the point that both profiles hold.
+    seed : int
+        Of everything random.
+    progress : Progress
+    """
+
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    peaks: Peaks
+    batch: int
+    context: int
+    seed: int = 0
+    progress: Progress = field(default_factory=SilentProgress)
+
+
+@dataclass(frozen=True)
+class MeasuredColumn:
+    """Heading of a column and what its cells hold."""
+
+    title: str
+    unit: MeasuredUnit
+
+
+@dataclass(frozen=True)
+class MeasuredTable:
+    """Figures of a pass's own; a cell is None where it is not known.
+
+    Attributes
+    ----------
+    title : str
+    columns : tuple of MeasuredColumn
+    rows : tuple of tuple
+        One cell a column.
+    """
+
+    title: str
+    columns: tuple[MeasuredColumn, ...]
+    rows: tuple[tuple[str | int | float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass measured of the result, beyond the figures that every result has; goes into the report.
+
+    Attributes
+    ----------
+    summary : str
+        What was found, in a sentence or two; names what could not be measured.
+    tables : tuple of MeasuredTable
+    notes : tuple of str
+        How it was measured, one line each.
+    details : dict
+        What else belongs to it, JSON-ready.
+    """
+
+    summary: str
+    tables: tuple[MeasuredTable, ...] = ()
+    notes: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
 class Pass(ABC):
     """One technique with its parameters.
 
@@ -464,6 +541,24 @@ class Pass(ABC):
         options : LoadOptions
         """
         return LoadRecord()
+
+    def measure(self, model: PreTrainedModel, context: MeasureContext) -> Measured | None:
+        """Measure what this pass's own claims rest on, of the result as loaded by the process that verifies it.
+
+        Called after every profiler, for each pass of the run in its order. The model must be left as it is.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            After all passes, on its device, in evaluation mode.
+        context : MeasureContext
+
+        Returns
+        -------
+        Measured or None
+            None for a pass that the common figures say everything about.
+        """
+        return None
 
 
 def _explain(name: str, parameters: type[PassParameters], error: ValidationError) -> str:

@@ -6,15 +6,20 @@ therefore given Student's t-interval over blocks, as a ratio of sums, so that bl
     mean = sum_b s_b / N        N = sum_b n_b
     se^2 = k / (k - 1) * sum_b (s_b - mean * n_b)^2 / N^2        k blocks
 
+The median of samples lies between two of them in order, with a probability that does not depend on their distribution::
+
+    P(x_(k) <= median <= x_(n + 1 - k)) = 1 - 2 * sum_{i < k} C(n, i) / 2^n
+
 References: Cochran 1977, Sampling Techniques, section 6 (ratio estimate); Wilson 1927 (a proportion); Agresti & Min
-2005 (difference of paired proportions); Abramowitz & Stegun 26.7 (Student's t).
+2005 (difference of paired proportions); Abramowitz & Stegun 26.7 (Student's t); David & Nagaraja 2003, Order
+Statistics, section 7.1 (the median).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from statistics import NormalDist, median
 
 Interval = tuple[float, float]
 
@@ -97,3 +102,28 @@ def paired_difference(gained: int, lost: int, samples: int, confidence: float = 
     difference = (b - c) / n
     half = z * math.sqrt((b + c) - (b - c) ** 2 / n) / n
     return max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, Interval | None]:
+    """Return the median of samples, and the narrowest interval between two of them that holds it with this confidence.
+
+    Parameters
+    ----------
+    samples : sequence of float
+        At least one; such as ratios of two times that were measured in turn.
+    confidence : float
+
+    Returns
+    -------
+    tuple
+        The interval is None where even the smallest and the largest sample do not reach the confidence: below 6 samples
+        at 95 %.
+    """
+    ordered, count = sorted(samples), len(samples)
+    outside, rank = 0.0, 0
+    while rank < count // 2:
+        outside += 2 * math.comb(count, rank) / 2**count
+        if outside > 1 - confidence:
+            break
+        rank += 1
+    return median(ordered), (ordered[rank - 1], ordered[count - rank]) if rank else None

@@ -150,7 +150,7 @@ class OpTracer:
         for tensor in held_by(cache):
             self._hold_as_kv(tensor)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self._clock = _Clock(device) if timed and device.type != "meta" else None
+        self._clock = OpClock(device) if timed and device.type != "meta" else None
         self._frames: list[_Frame] = [_Frame(model, None)]
         self._modules: dict[str, Cost] = {}
         self._kinds: dict[str, str] = {ROOT: type(model).__name__}
@@ -437,7 +437,7 @@ class _Frame:
     cost: Cost = field(default_factory=Cost)
 
 
-class _Clock:
+class OpClock:
     """Times one op at a time; on CUDA with events, read when all is done so that the device is not held up."""
 
     def __init__(self, device: torch.device) -> None:
@@ -445,6 +445,7 @@ class _Clock:
         self._cuda = device.type == "cuda"
 
     def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Callable[[], float]]:
+        """Call ``func``; return what it returns, and a function that gives its seconds after :meth:`finish`."""
         if self._cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
@@ -459,6 +460,7 @@ class _Clock:
         return out, lambda: seconds
 
     def finish(self) -> None:
+        """Wait for what was timed."""
         if self._cuda:
             torch.cuda.synchronize(self._device)
 

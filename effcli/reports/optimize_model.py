@@ -13,7 +13,7 @@ from typing import Any
 from effcli.reports.model import OPTIMIZE_SCHEMA as OPTIMIZE_SCHEMA
 from effcli.reports.model import PLAN_SCHEMA as PLAN_SCHEMA
 from effcli.reports.model import Environment, ModelInfo, plain
-from passes.base import Figures, KernelUse, PassRecord, Prediction
+from passes.base import Figures, KernelUse, Measured, PassRecord, Prediction
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,7 @@ class OptimizeReport:
     overhead_fraction: float
     warnings: tuple[str, ...]
     output: str | None = None  # the folder as the user named it
+    measured: tuple[Measured | None, ...] = ()  # by pass: what it measured of the result itself
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""

@@ -9,13 +9,14 @@ from typing import Any
 from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports import curve_chart
-from effcli.reports.blocks import Block, Chart, Facts, Report, Section, Table, columns, items, texts, unique
+from effcli.reports.blocks import Block, Chart, Column, Facts, Report, Section, Table, columns, items, texts, unique
 from effcli.reports.changes import METRICS, mapping, number
 from effcli.reports.sections.change import figure, signed_percent
 from effcli.reports.sections.generic import named, shown_value
 
 MISS = 0.2
 MOST_SKIPPED = 24
+LARGE = 1e5
 LABELS = {metric.key: (metric.label, metric.unit) for metric in METRICS}
 
 
@@ -33,10 +34,15 @@ def section(report: Report) -> Section:
     """Describe each pass."""
     blocks: list[Block] = []
     lead = []
+    measured = items(report, "measured")
     for number_, record in enumerate(passes(report)):
         name = named(record.get("name"))
+        found = mapping(measured[number_]) if number_ < len(measured) else {}
         lead.append(f"{name}: {printable(record.get('summary') or 'the record has no summary')}.".replace("..", "."))
+        if found:
+            lead.append(f"Measured of the result: {printable(found.get('summary') or 'no summary')}.".replace("..", "."))
         blocks.append(_facts(record, name))
+        blocks += _measured(found)
         if layers(record):
             blocks += [_by_kind(layers(record), name), Chart(f"layers-{number_}")]
         for index, found in enumerate(curve_chart.curves(record)):
@@ -59,6 +65,37 @@ def _facts(record: Report, name: str) -> Facts:
     ]
     notes = texts(record, "notes")
     return Facts(f"Parameters of {name}", tuple(pairs), notes)
+
+
+def _measured(found: Report) -> list[Table]:
+    """Return the tables of what a pass measured of the result; its notes go below the last."""
+    tables = [table for table in items(found, "tables") if isinstance(table, dict)]
+    made = []
+    for table in tables:
+        heads = [mapping(column) for column in items(table, "columns")]
+        units = [str(head.get("unit")) for head in heads]
+        rows = tuple(
+            tuple(_cell(value, unit) for value, unit in zip(row, units, strict=True))
+            for row in items(table, "rows")
+            if isinstance(row, list) and len(row) == len(units)
+        )
+        titles = tuple(
+            Column(named(head.get("title")), unit != "text") for head, unit in zip(heads, units, strict=True)
+        )
+        notes = texts(found, "notes") if table is tables[-1] else ()
+        made.append(Table(named(table.get("title")), titles, rows, notes))
+    return made
+
+
+def _cell(value: Any, unit: str) -> str:
+    """Return a cell in its column's unit; counts as they are, large ones with a prefix."""
+    known = value if isinstance(value, str) else number(value)
+    if unit == "number" and isinstance(known, (int, float)):
+        if abs(known) >= LARGE:
+            return fmt.large(known, "").strip()
+        if isinstance(known, int):
+            return fmt.integer(known)
+    return figure(known, unit)
 
 
 def _items(value: Any) -> Sequence[tuple[str, Any]]:
