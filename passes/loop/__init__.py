@@ -17,6 +17,8 @@ from passes.base import (
     LayerRecord,
     LoadOptions,
     LoadRecord,
+    MeasureContext,
+    Measured,
     ModelProfile,
     Pass,
     PassContext,
@@ -249,6 +251,12 @@ class LoopPass(Pass):
 
         plan = LoopPlan.from_json(model.config.loop)
         return LoadRecord(notes=(f"{plan.layers} layers run with {plan.sets} sets of weights",))
+
+    def measure(self, model: PreTrainedModel, context: MeasureContext) -> Measured:
+        """Measure whether a block's weights are moved again in each loop; see :mod:`passes.loop.reuse`."""
+        from passes.loop import runtime
+
+        return runtime.measure(model, context)
 
 
 def _plain(sizes: Sizes) -> dict[str, Any]:

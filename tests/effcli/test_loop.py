@@ -86,6 +86,15 @@ def test_the_report_counts_each_block_once(made: Path, tiny_folder: Path) -> Non
     first, second = report["passes"]
     assert first["details"]["sizes"]["parameters_before"] == report["size"]["parameters"]
     assert len(second["layers"]) == 7
+    moved, nothing = report["measured"]
+    assert nothing is None
+    assert moved["summary"].startswith("stored less")
+    counted, timed = moved["tables"]
+    flops = dict((row[0], row[1:]) for row in counted["rows"])["FLOP a token"]
+    assert flops[1] > flops[0]  # the low-rank parts
+    assert [row[1] for row in timed["rows"]] == [1, 1, 2, 2]
+    assert any(stage["stage"] == "after: what passes measure" and not stage["own"] for stage in report["stages"])
+    assert "own sets" in (made / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -40,7 +40,8 @@ def section(report: Report) -> Section:
         found = mapping(measured[number_]) if number_ < len(measured) else {}
         lead.append(f"{name}: {printable(record.get('summary') or 'the record has no summary')}.".replace("..", "."))
         if found:
-            lead.append(f"Measured of the result: {printable(found.get('summary') or 'no summary')}.".replace("..", "."))
+            summary = printable(found.get("summary") or "no summary")
+            lead.append(f"Measured of the result: {summary}.".replace("..", "."))
         blocks.append(_facts(record, name))
         blocks += _measured(found)
         if layers(record):

@@ -1,0 +1,166 @@
+"""What a looped result does when it runs, as the report says it: stored less, and moved less or not.
+
+:mod:`passes.loop.reuse` measures; this module puts it into words and tables, beside what the two profiles counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from passes.base import MeasureContext, Measured, MeasuredColumn, MeasuredTable
+from passes.loop import reuse
+from passes.loop.layout import LoopPlan
+from passes.loop.reuse import Group, Reuse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HOW = (
+    "one set: the layers of a block run with one copy of its weights; own sets: each layer with a copy of its own, of "
+    "equal values; medians over rounds in which both ran, the ratio with its 95 % interval over the rounds",
+    "from memory, at most: the time of one set multiplied by the measured memory bandwidth, what memory can deliver in "
+    "that time; the rest came from a cache",
+    "bytes a step touches: counted op by op in both profiles, a block's weights once for each loop, wherever they came "
+    "from",
+)
+
+
+def measure(model: PreTrainedModel, context: MeasureContext) -> Measured:
+    """Measure whether blocks stay in a cache, and set FLOPs beside bytes stored and bytes touched."""
+    plan = LoopPlan.from_json(model.config.loop)
+    counted = _counted(context)
+    reason = reuse.why_not(model, plan)
+    if reason is not None:
+        return Measured(
+            summary=f"stored less; whether less is moved is not known: {reason}", tables=(counted,), notes=_HOW[-1:]
+        )
+    with context.progress.task("timing blocks with one set of weights and with own sets"):
+        found = reuse.measure(
+            model, plan, batch=context.batch, context=context.context,
+            bandwidth_bytes_per_second=context.peaks.memory_bytes_per_second, seed=context.seed,
+        )  # fmt: skip
+    verdict, why = found.verdict
+    return Measured(
+        summary=_summary(found),
+        tables=(counted, _timed(found)),
+        notes=(*_HOW, *_cache_notes(found, context)),
+        details={"reuse": {**asdict(found), "verdict": verdict, "reason": why or None}},
+    )
+
+
+def _summary(found: Reuse) -> str:
+    verdict, why = found.verdict
+    step = f"a decode step {_ratio(found.step)}"
+    if verdict == "less":
+        size = "" if found.cache_bytes is None else f" (the last-level one has {_megabytes(found.cache_bytes)})"
+        return (
+            f"stored less and moved less: a block stays in a cache{size} between its loops; its linears take "
+            f"{_ratio(found.looped)} x the time of the same layers with own weights, {step} x"
+        )
+    if verdict == "same":
+        return (
+            "stored less; moved the same as far as can be measured: the linears of the blocks take "
+            f"{_ratio(found.looped)} x the time of the same layers with own weights, {step} x"
+        )
+    return f"stored less; whether less is moved is not known: {why}; {step} x that with own weights"
+
+
+def _ratio(group: Group) -> str:
+    if group.interval is None:
+        return f"{group.ratio:.3f}"
+    return f"{group.ratio:.3f} ({group.interval[0]:.3f} to {group.interval[1]:.3f})"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.2g} MB"
+
+
+def _cache_notes(found: Reuse, context: MeasureContext) -> tuple[str, ...]:
+    first, last = found.context
+    notes = [
+        f"batch {found.batch}, {first} to {last} tokens in the cache, {found.rounds} rounds; the largest block's "
+        f"weights take {_megabytes(found.largest_block_bytes)}"
+    ]
+    if found.cache_bytes is None:
+        notes.append("the system does not say how large the device's caches are")
+    else:
+        notes.append(f"the last-level cache has {_megabytes(found.cache_bytes)}, as the system states it")
+        if found.step.read_bytes < found.cache_bytes:
+            notes.append(
+                f"the linears' weights with own sets ({_megabytes(found.step.read_bytes)}) would fit that cache too, "
+                "if nothing else used it"
+            )
+    if context.after["environment"]["device"].startswith("cuda"):
+        notes.append("times of linears on a GPU hold what launching them takes, where the host is slower than the GPU")
+    return tuple(notes)
+
+
+def _timed(found: Reuse) -> MeasuredTable:
+    columns = (
+        MeasuredColumn("time of", "text"),
+        MeasuredColumn("layers", "number"),
+        MeasuredColumn("weights read", "bytes"),
+        MeasuredColumn("one set", "seconds"),
+        MeasuredColumn("own sets", "seconds"),
+        MeasuredColumn("one / own", "text"),
+        MeasuredColumn("from memory, at most", "bytes"),
+    )
+    groups = [found.first, found.later, found.looped, *([found.alone] if found.alone is not None else []), found.step]
+    rows = tuple(
+        (
+            group.name,
+            group.layers,
+            group.read_bytes,
+            group.one_seconds,
+            group.own_seconds,
+            _ratio(group),
+            None if group is found.step else found.from_memory_bytes(group),
+        )
+        for group in groups
+    )
+    return MeasuredTable("A decode step with one set of weights a block, and with own sets", columns, rows)
+
+
+def _counted(context: MeasureContext) -> MeasuredTable:
+    """Return FLOPs beside bytes stored and bytes touched, before and after, from the two profiles."""
+    sides = [_side(report, context.batch, context.context) for report in (context.before, context.after)]
+    names = (
+        ("FLOP a token", "flops"),
+        ("bytes stored, as held in memory", "stored"),
+        ("FLOP a token / byte stored", "flops_per_stored"),
+        ("bytes a decode step touches", "touched"),
+        ("FLOP / byte touched", "flops_per_touched"),
+    )
+    columns = (
+        MeasuredColumn(f"decode, batch {context.batch}, context {context.context}", "text"),
+        MeasuredColumn("before", "number"),
+        MeasuredColumn("after", "number"),
+    )
+    rows = tuple((name, *(side[key] for side in sides)) for name, key in names)
+    return MeasuredTable("FLOP beside bytes", columns, rows)
+
+
+def _side(report: Mapping[str, Any], batch: int, context: int) -> dict[str, float | None]:
+    stored = report["model"]["weight_bytes"]
+    point = decode_point(report, batch, context)
+    if point is None:
+        return {"flops": None, "stored": stored, "flops_per_stored": None, "touched": None, "flops_per_touched": None}
+    flops = point["flops"] / batch
+    return {
+        "flops": flops,
+        "stored": stored,
+        "flops_per_stored": flops / stored,
+        "touched": point["bytes"],
+        "flops_per_touched": point["flops_per_byte"],
+    }
+
+
+def decode_point(report: Mapping[str, Any], batch: int, context: int) -> Mapping[str, Any] | None:
+    """Return a profile's decode step at this batch and context, None where it has none."""
+    for point in (report["profiles"].get("intensity") or {}).get("points") or ():
+        if (point["phase"], point["batch"], point["context"]) == ("decode", batch, context):
+            found: Mapping[str, Any] = point
+            return found
+    return None
