@@ -16,10 +16,21 @@ if TYPE_CHECKING:
     from effcli.planning import plan
     from effcli.recipes import Recipe
     from effcli.reports.model import ProfileReport
+    from passes.loop.depth_batched import depth_batched
 
     __version__: str
 
-__all__ = ["ProfileReport", "Recipe", "__version__", "load", "load_report", "optimize", "plan", "profile"]
+__all__ = [
+    "ProfileReport",
+    "Recipe",
+    "__version__",
+    "depth_batched",
+    "load",
+    "load_report",
+    "optimize",
+    "plan",
+    "profile",
+]
 
 _LAZY = {
     "profile": "effcli.api",
@@ -28,6 +39,7 @@ _LAZY = {
     "optimize": "effcli.pipeline",
     "plan": "effcli.planning",
     "Recipe": "effcli.recipes",
+    "depth_batched": "passes.loop.depth_batched",
     "ProfileReport": "effcli.reports.model",
 }
 

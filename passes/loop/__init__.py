@@ -84,7 +84,13 @@ class LoopPass(Pass):
         """Refuse a model whose layers cannot share weights as asked."""
         from passes.loop import grouping, targets
 
-        grouping.check(self.parameters, targets.find(model))
+        structure = targets.find(model)
+        grouping.check(self.parameters, structure)
+        if self.parameters.runtime == "depth-batched":
+            from passes.loop import rows
+
+            shareable = [(index,) for index in range(structure.layers) if index not in structure.unshareable]
+            rows.check(model, structure.stack, shareable)
 
     def plan(self, profile: ModelProfile) -> Prediction:
         """Predict bytes, times and memory; see :mod:`passes.loop.plan`."""
@@ -125,7 +131,7 @@ class LoopPass(Pass):
         plan = found.plan
         plan.check(structure)
         sizes = plan.sizes(structure)
-        convert(model, plan, plan.to_json(sizes))
+        convert(model, plan, plan.to_json(sizes) | _runtime(parameters))
         fill(model, plan, found.fitted)
         healed = None if original is None else self._heal(model, original, context)
         text = context.calibration
@@ -250,13 +256,23 @@ class LoopPass(Pass):
         from passes.loop.layout import LoopPlan
 
         plan = LoopPlan.from_json(model.config.loop)
-        return LoadRecord(notes=(f"{plan.layers} layers run with {plan.sets} sets of weights",))
+        notes = [f"{plan.layers} layers run with {plan.sets} sets of weights"]
+        if model.config.loop.get("runtime") == "depth-batched":
+            notes.append(
+                "made to be served batched over depth: effcli.depth_batched(model, tokenizer).generate(prompts)"
+            )
+        return LoadRecord(notes=tuple(notes))
 
     def measure(self, model: PreTrainedModel, context: MeasureContext) -> Measured:
-        """Measure whether a block's weights are moved again in each loop; see :mod:`passes.loop.reuse`."""
+        """Measure whether a block's weights are moved again in each loop, and what depth-wise batching gains."""
         from passes.loop import runtime
 
-        return runtime.measure(model, context)
+        return runtime.measure(model, context, depth_batched=self.parameters.runtime == "depth-batched")
+
+
+def _runtime(parameters: LoopParameters) -> dict[str, str]:
+    """Return what the config's ``loop`` says of how the model is meant to be served; nothing for plain."""
+    return {} if parameters.runtime == "plain" else {"runtime": parameters.runtime}
 
 
 def _plain(sizes: Sizes) -> dict[str, Any]:

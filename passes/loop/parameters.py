@@ -95,6 +95,11 @@ class LoopParameters(PassParameters):
         default=5.0, ge=0, description="Minutes between two saved states of healing, which --resume goes on from."
     )
 
+    runtime: Literal["plain", "depth-batched"] = Field(
+        default="plain",
+        description="How the result is meant to be served: model.generate, or effcli.depth_batched, which is measured.",
+    )
+
     @model_validator(mode="after")
     def _agree(self) -> LoopParameters:
         if self.target is not None and (self.blocks is not None or self.loops is not None):
