@@ -127,7 +127,10 @@ class Reuse:
         """Whether a step moves fewer bytes than with own sets, and why that is not known where it is not."""
         ratio, interval = self.looped.ratio, self.looped.interval
         if interval is None:
-            return "not known", f"{self.rounds} rounds are too few for an interval"
+            return (
+                "not known",
+                f"rounds: {self.rounds}, too few for an interval; the device is slow or busy",
+            )
         shown = f"{ratio:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
         if interval[1] < 1 and ratio < 1 - LEAST_NOISE:
             return "less", ""

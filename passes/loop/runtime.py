@@ -77,6 +77,8 @@ def _summary(found: Reuse) -> str:
             "stored less; moved the same as far as can be measured: the linears of the blocks take "
             f"{_ratio(found.looped)} x the time of the same layers with own weights, {step} x"
         )
+    if found.looped.interval is None:
+        return f"stored less; whether less is moved is not known: {why}"
     return f"stored less; whether less is moved is not known: {why}; {step} x that with own weights"
 
 
@@ -138,7 +140,7 @@ def _megabytes(size: float) -> str:
 def _cache_notes(found: Reuse, context: MeasureContext) -> tuple[str, ...]:
     first, last = found.context
     notes = [
-        f"batch {found.batch}, {first} to {last} tokens in the cache, {found.rounds} rounds; the largest block's "
+        f"batch {found.batch}, {first} to {last} tokens in the cache, rounds: {found.rounds}; the largest block's "
         f"weights take {_megabytes(found.largest_block_bytes)}"
     ]
     if found.cache_bytes is None:
@@ -150,6 +152,7 @@ def _cache_notes(found: Reuse, context: MeasureContext) -> tuple[str, ...]:
                 f"the linears' weights with own sets ({_megabytes(found.step.read_bytes)}) would fit that cache too, "
                 "if nothing else used it"
             )
+    notes += context.peaks.notes  # how busy the device was
     if context.after["environment"]["device"].startswith("cuda"):
         notes.append("times of linears on a GPU hold what launching them takes, where the host is slower than the GPU")
     return tuple(notes)
@@ -173,7 +176,7 @@ def _timed(found: Reuse) -> MeasuredTable:
             group.read_bytes,
             group.one_seconds,
             group.own_seconds,
-            _ratio(group),
+            None if group.interval is None else _ratio(group),
             None if group is found.step else found.from_memory_bytes(group),
         )
         for group in groups
