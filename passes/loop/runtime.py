@@ -100,16 +100,18 @@ def _with_serving(found: Measured, model: PreTrainedModel, context: MeasureConte
         (
             gain.way,
             gain.total_seconds,
-            _shown(gain.total_gain, gain.total_interval),
+            None if gain.total_interval is None else _shown(gain.total_gain, gain.total_interval),
             gain.latency_seconds,
-            _shown(gain.latency_gain, gain.latency_interval),
+            None if gain.latency_interval is None else _shown(gain.latency_gain, gain.latency_interval),
             "the same" if gain.same_tokens else "others",
         )
         for gain in served.gains
     )
-    said = "; ".join(
+    said = "until all prompts are answered: " + "; ".join(
         f"{_shown(gain.total_gain, gain.total_interval)} x as fast as {gain.way}" for gain in served.gains[:-1]
     )
+    if any(gain.total_interval is None for gain in served.gains):
+        said = f"what is gained is not known, rounds: {served.rounds}, too few for an interval"
     note = (
         f"{served.sequences} prompts of {served.prompt_tokens} tokens, {served.new_tokens} new tokens each, one every "
         f"{served.arrivals_seconds[1]:.3g} s, {served.rounds} rounds; gain: time of that way / time of "
@@ -118,7 +120,7 @@ def _with_serving(found: Measured, model: PreTrainedModel, context: MeasureConte
     )
     return replace(
         found,
-        summary=f"{found.summary}; batched over depth, until all prompts are answered: {said}",
+        summary=f"{found.summary}; batched over depth, {said}",
         tables=(*found.tables, MeasuredTable("Prompts that arrive one after another", columns, rows)),
         notes=(*found.notes, note),
         details={**found.details, "serving": asdict(served)},

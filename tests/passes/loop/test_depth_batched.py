@@ -309,6 +309,10 @@ def test_the_report_says_what_was_gained_or_why_not(models: dict[str, Any], monk
     table = measured.tables[-1]
     assert [row[0] for row in table.rows] == list(serving.WAYS)
     assert all(len(row) == len(table.columns) for row in table.rows)
+    monkeypatch.setattr(serving.measure, "__kwdefaults__", serving.measure.__kwdefaults__ | {"seconds": (0.0, 0.0)})
+    hurried = runtime.measure(model, context(model), depth_batched=True)
+    assert "what is gained is not known, rounds: 1, too few" in hurried.summary
+    assert [row[2] for row in hurried.tables[-1].rows] == [None] * len(serving.WAYS)
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
     refused = runtime.measure(model, context(model), depth_batched=True)
     assert "batching over depth was not measured: " in refused.summary and len(refused.tables) == 2
