@@ -46,8 +46,8 @@ def section(report: Report) -> Section:
         blocks += _measured(found)
         if layers(record):
             blocks += [_by_kind(layers(record), name), Chart(f"layers-{number_}")]
-        for index, found in enumerate(curve_chart.curves(record)):
-            blocks += [Chart(f"curve-{number_}-{index}"), curve_chart.table(found)]
+        for index, lines in enumerate(curve_chart.curves(record)):
+            blocks += [Chart(f"curve-{number_}-{index}"), curve_chart.table(lines)]
         skipped = [entry for entry in items(record, "skipped") if isinstance(entry, dict)]
         if skipped:
             blocks.append(_skipped(skipped, name))
