@@ -132,7 +132,7 @@ def optimize(
     with contextlib.ExitStack() as stack:
         # Started first: it imports while this process checks.
         measurer = None if dry_run else stack.enter_context(worker.Worker())
-        job = prepare(model, recipe, Path(output), options, shown, times)
+        job = prepare(model, recipe, Path(output), options, shown, times, make_source=not dry_run)
         with times.stage("check", own=True):
             if before is not None:
                 check_saved_profile(job, before, _name_of(job.bare.dtype))
@@ -293,6 +293,7 @@ class Run:
                     work=work,
                     seed=job.recipe.seed,
                     progress=self.progress,
+                    source=previous or job.source.path,
                 ),
             )
             record = replace(record, seconds=record.seconds or time.perf_counter() - started)

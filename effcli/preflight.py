@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effcli import builtin_models, gates, provenance, staging
-from effcli.checkpoint_files import combined_sha256, find_weights, sha256_each, sha256_of
-from effcli.errors import BadInputError, SourceError
+from effcli import built_source, builtin_models, gates, provenance, staging
+from effcli.checkpoint_files import CONFIG, combined_sha256, find_weights, sha256_each, sha256_of
+from effcli.errors import BadInputError
 from effcli.recipes import Recipe
 from effcli.reports.model import plain
 from effcli.stage_times import Times
@@ -157,9 +157,19 @@ class Job:
 
 
 def prepare(
-    model: str, recipe: Recipe, output: Path, options: Options, progress: Progress, times: Times | None = None
+    model: str,
+    recipe: Recipe,
+    output: Path,
+    options: Options,
+    progress: Progress,
+    times: Times | None = None,
+    *,
+    make_source: bool = True,
 ) -> Job:
     """Check everything that can be checked without loading weights; add its time to ``times``.
+
+    Where a pass makes its own source from a config, that is done here, after all that can be checked before;
+    with ``make_source=False`` the job's source stays the config.
 
     Raises
     ------
@@ -194,9 +204,16 @@ def prepare(
         # A run that was stopped after its last rename has only to clean up; doing the rename again is that, too.
         force = options.force or (options.resume and staging.published_earlier(target))
         staging.check_target(target, local if local.exists() else None, force=force)
-        source = sources.resolve(model, revision=options.revision, progress=progress, **options.trust)
-        if source.kind == "config" or source.path is None:
-            raise SourceError(f"'{model}' has no weights to optimize; give a model folder, a .gguf file or a hub id")
+        made_by = built_source.maker(chain)
+        if made_by is None:
+            if local.is_dir() and (local / CONFIG).is_file() and find_weights(local, allow_pickle=True) is None:
+                raise built_source.no_weights(model, chain)
+            source = sources.resolve(model, revision=options.revision, progress=progress, **options.trust)
+            if source.kind == "config" or source.path is None:
+                raise built_source.no_weights(model, chain)
+        else:
+            source = built_source.resolve(model, made_by[0])
+        assert source.path is not None
         staging.check_target(target, source.path, force=force)
         _check_nothing_is_lost(model, source.path)
         bare = loading.load(
@@ -208,9 +225,22 @@ def prepare(
         check_context(bare.config, recipe.evaluation.context)
     with clock.stage("passes: check", own=False):
         check_chain(chain, bare.model)
+    evaluation, calibration = recipe.evaluation, recipe.calibration
+    if made_by is not None and make_source:
+        maker, depends_on = made_by
+        with clock.stage(f"pass: {maker.name}: making the source", own=False):
+            source = built_source.build(
+                maker, depends_on, bare, target, recipe, options, progress, installed_versions()
+            )
+        assert source.path is not None
+        with clock.stage("check", own=True):
+            bare = loading.load(
+                source, device=options.device, dtype=options.dtype, config_only=True, progress=progress, **options.trust
+            )
+            evaluation, calibration = built_source.texts(maker, chain, source.path, recipe)
     with clock.stage("quality: texts", own=False):
         vocabulary = bare.config.get_text_config(decoder=True).vocab_size
-        texts = evaluation_windows(bare.tokenizer, vocabulary, recipe.evaluation, recipe.calibration, recipe.seed)
+        texts = evaluation_windows(bare.tokenizer, vocabulary, evaluation, calibration, recipe.seed)
         if recipe.evaluation.tasks is not None:
             read_task(recipe.evaluation.tasks, seed=recipe.seed)
     with clock.stage("check", own=True):

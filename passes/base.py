@@ -8,6 +8,8 @@
                                                        ├─ load(folder, model, options) -> LoadRecord   back, fast
                                                        └─ measure(model, context) -> Measured   of the loaded result
 
+A pass may make the model that it starts from by itself, from a config alone: :meth:`Pass.build_source`.
+
 A pass is found by name through the entry point group ``effcli.passes`` (:mod:`passes.registry`), the built-in ones
 included. See ``docs/adding-a-pass.md``.
 """
@@ -172,6 +174,8 @@ class PassContext:
     seed : int
         Of everything random.
     progress : Progress
+    source : Path or None
+        Folder that the model was read from; None where that is no folder, or not known.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -180,6 +184,51 @@ class PassContext:
     work: Path
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
+    source: Path | None = None
+
+
+@dataclass
+class SourceContext:
+    """What :meth:`Pass.build_source` runs with.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        Of the config, on the meta device.
+    tokenizer : PreTrainedTokenizerBase or None
+        Of the files beside the config; None where there are none.
+    device : torch.device
+        Where to compute.
+    work : Path
+        As in :class:`PassContext`.
+    evaluation_window : int
+        Tokens of one window of the evaluation text; a text that the pass leaves for that has as many at least.
+    seed : int
+        Of everything random.
+    progress : Progress
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device
+    work: Path
+    evaluation_window: int = 0
+    seed: int = 0
+    progress: Progress = field(default_factory=SilentProgress)
+
+
+@dataclass(frozen=True)
+class SourceTexts:
+    """Texts of a source that a pass made, for use where the user names none; None: the general default.
+
+    Attributes
+    ----------
+    calibration, evaluation : Path or None
+        UTF-8 files. The second holds text that the source was not trained on.
+    """
+
+    calibration: Path | None = None
+    evaluation: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -400,6 +449,9 @@ class Pass(ABC):
         The optional dependency that it needs, ``pip install 'effcli[EXTRA]'``.
     gentler : str or None
         Parameters that cost less quality, as ``--pass`` takes them, advised where a result lost too much.
+    from_config : str or None
+        Parameters with which it starts from a config without weights, as ``--pass`` takes them, advised where there
+        are no weights; None if it cannot.
     """
 
     name: ClassVar[str]
@@ -413,6 +465,7 @@ class Pass(ABC):
     files: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
     gentler: ClassVar[str | None] = None
+    from_config: ClassVar[str | None] = None
 
     def __init__(self, parameters: PassParameters) -> None:
         self.parameters = parameters
@@ -469,6 +522,40 @@ class Pass(ABC):
         PassError
         """
         return None
+
+    @property
+    def source_recipe(self) -> Mapping[str, Any] | None:
+        """What the source that it makes from a config depends on, JSON-ready; None where it takes one with weights.
+
+        Texts enter it by their sha256. What is not in it can change and the source is still the same.
+
+        Raises
+        ------
+        PassError
+            If a file that it needs cannot be read.
+        """
+        return None
+
+    def build_source(self, folder: Path, context: SourceContext) -> tuple[str, ...]:
+        """Make the model that this pass starts from, and write it with a tokenizer as transformers does.
+
+        Called where :attr:`source_recipe` is not None, before anything is measured. Must go on from what it left in
+        ``context.work``, and give the same files for the same context.
+
+        Returns
+        -------
+        tuple of str
+            How it was made, one line each, for the report.
+
+        Raises
+        ------
+        PassError
+        """
+        raise PassError(f"pass '{self.name}' makes no model of a config; give one with weights")
+
+    def source_texts(self, source: Path) -> SourceTexts:
+        """Return the texts of a source that :meth:`build_source` wrote."""
+        return SourceTexts()
 
     @abstractmethod
     def plan(self, profile: ModelProfile) -> Prediction:

@@ -26,6 +26,8 @@ from passes.base import (
     PassRecord,
     Prediction,
     Skipped,
+    SourceContext,
+    SourceTexts,
 )
 from passes.loop.parameters import LoopParameters
 
@@ -58,6 +60,7 @@ class LoopPass(Pass):
     before = ("quantize",)
     excludes = ("loop",)
     gentler = "rank=128"
+    from_config = "from_scratch=true,train_text=FILE,train_tokens=5M,blocks=4,loops=3"
 
     parameters: LoopParameters
 
@@ -79,6 +82,10 @@ class LoopPass(Pass):
                 "loop needs blocks and loops (their product is the number of layers), or a target: "
                 "loop:blocks=15,loops=2 or loop:target=0.75; see: effcli plan MODEL --pass loop"
             )
+        if self.parameters.from_scratch:
+            from passes.loop.scratch_text import check_given
+
+            check_given(self.parameters)
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model whose layers cannot share weights as asked."""
@@ -91,13 +98,43 @@ class LoopPass(Pass):
 
             shareable = [(index,) for index in range(structure.layers) if index not in structure.unshareable]
             rows.check(model, structure.stack, shareable)
+        if self.parameters.from_scratch:
+            from passes.loop import scratch
+
+            scratch.check(self.parameters, model)
+
+    @property
+    def source_recipe(self) -> Mapping[str, Any] | None:
+        """What the unshared twin depends on, where both are trained from scratch."""
+        if not self.parameters.from_scratch:
+            return None
+        from passes.loop import scratch
+
+        return scratch.recipe(self.parameters)
+
+    def build_source(self, folder: Path, context: SourceContext) -> tuple[str, ...]:
+        """Train the unshared twin of a config; see :mod:`passes.loop.scratch`."""
+        from passes.loop import scratch
+
+        return scratch.build_twin(folder, self.parameters, context)
+
+    def source_texts(self, source: Path) -> SourceTexts:
+        """Return the text that both were trained on, and the end of it that neither was."""
+        from passes.loop import scratch
+
+        return SourceTexts(calibration=self.parameters.train_text, evaluation=source / scratch.HELD_OUT)
 
     def plan(self, profile: ModelProfile) -> Prediction:
         """Predict bytes, times and memory; see :mod:`passes.loop.plan`."""
         from passes.loop import targets
         from passes.loop.plan import predict
 
-        return predict(self.parameters, profile, targets.find(profile.model))
+        prediction = predict(self.parameters, profile, targets.find(profile.model))
+        if self.parameters.from_scratch:
+            from passes.loop import scratch
+
+            return scratch.predict(prediction, self.parameters, profile)
+        return prediction
 
     def shapes_after(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the looped model on the meta device."""
@@ -114,6 +151,8 @@ class LoopPass(Pass):
         from passes.loop.layout import LoopPlan
 
         self.check_complete()
+        if self.parameters.from_scratch:
+            return self._from_scratch(model, context)
         parameters, structure = self.parameters, targets.find(model)
         batches: list[torch.Tensor] = []
         if self.needs_calibration:
@@ -168,6 +207,28 @@ class LoopPass(Pass):
             notes=(*_notes(plan, sizes), *_healing_notes(healed)),
             details=details,
             versions={name: version(name) for name in ("torch", "transformers")},
+        )
+
+    def _from_scratch(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
+        """Train the looped model as its twin was, from random weights."""
+        from passes.loop import grouping, scratch, scratch_record, targets
+        from passes.loop.layout import LoopPlan
+
+        parameters, structure = self.parameters, targets.find(model)
+        plan = LoopPlan.even(structure, grouping.regular(parameters, structure), parameters.even_rank)
+        plan.check(structure)
+        sizes = plan.sizes(structure)
+        said = scratch.train_looped(model, structure, plan, parameters, context)
+        return PassRecord(
+            name=self.name,
+            parameters=parameters.model_dump(mode="json"),
+            summary=f"{_summary(plan, sizes)}, {scratch_record.summary(said)}",
+            seed=context.seed,
+            layers=_records(structure, plan, None),
+            skipped=_skipped(parameters, structure, plan),
+            notes=(*_notes(plan, sizes), *scratch_record.notes(said)),
+            details={"plan": plan.to_json(sizes), "sizes": _plain(sizes), "from_scratch": said},
+            versions={name: version(name) for name in ("torch", "transformers", "tokenizers")},
         )
 
     def _groups(
@@ -314,15 +375,15 @@ def _healing_notes(healed: Trained | None) -> tuple[str, ...]:
     )
 
 
-def _records(structure: Structure, plan: LoopPlan, found: FittedPlan) -> tuple[LayerRecord, ...]:
-    """Return one record for each layer's linear, with the relative squared error of its output."""
+def _records(structure: Structure, plan: LoopPlan, found: FittedPlan | None) -> tuple[LayerRecord, ...]:
+    """Return one record for each layer's linear, with the relative squared error of its output where it was fitted."""
     return tuple(
         LayerRecord(
             name=f"{plan.stack}.{index}.{name}",
             kind=name.rpartition(".")[2],
             bits=8.0 * structure.linears[index][name].itemsize,
             group_size=None,
-            error=found.fitted[number, name].errors[member],
+            error=None if found is None else found.fitted[number, name].errors[member],
         )
         for number, block in enumerate(plan.blocks)
         for member, index in enumerate(block.layers)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from passes.base import PassParameters
 
@@ -15,6 +17,14 @@ DEFAULT_RANK = 64
 RANKS = (0, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """What is chosen from; those that a layer's matrices are too small for are left out."""
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
+SCRATCH_RATE = 1e-3
+"""Learning rate from scratch where none is given."""
+_OF_SCRATCH = ("train_text", "train_tokens", "train_length", "train_batch")
+_NOT_OF_SCRATCH = (
+    "init", "align", "rounds", "allocation", "samples", "length", "damage_samples", "max_loops", "heal_drawn",
+    "heal_tokens", "heal_minutes", "heal_train", "heal_length", "heal_batch",
+)  # fmt: skip
+"""Parameters that fit trained weights, or heal them."""
 
 
 def _count(value: Any) -> Any:
@@ -84,16 +94,38 @@ class LoopParameters(PassParameters):
     )
     heal_length: int = Field(default=512, ge=16, description="Tokens of one window of healing.")
     heal_batch: int = Field(default=4, ge=1, description="Windows of one step of healing.")
-    learning_rate: float = Field(default=3e-4, gt=0, description="The highest of healing.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="The highest of healing; from scratch 1e-3.")
     heal_processes: int | None = Field(
         default=None, ge=1, description="Processes that heal together, one a GPU; default: as many as there are GPUs."
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Compute activations twice while healing, for less memory."
+        default=False, description="Compute activations twice while training, for less memory."
     )
     checkpoint_minutes: float = Field(
-        default=5.0, ge=0, description="Minutes between two saved states of healing, which --resume goes on from."
+        default=5.0, ge=0, description="Minutes between two saved states of training, which --resume goes on from."
     )
+    from_scratch: bool = Field(
+        default=False, description="Train the looped model, and the unshared one beside it, from a config alone."
+    )
+    train_text: Path | None = Field(
+        default=None, description="UTF-8 file to train on from scratch; its last 5 % are evaluated on instead."
+    )
+    train_tokens: Annotated[int, BeforeValidator(_count)] = Field(
+        default=0, ge=0, description="Tokens to train each model on from scratch, 5M or 500k."
+    )
+    train_length: int = Field(default=256, ge=16, description="Tokens of one window of training from scratch.")
+    train_batch: int = Field(default=8, ge=1, description="Windows of one step of training from scratch.")
+
+    @field_serializer("train_text")
+    def _as_text(self, value: Path | None) -> str | None:
+        return None if value is None else str(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_from_scratch(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("from_scratch") and "learning_rate" not in values:
+            return {**values, "learning_rate": SCRATCH_RATE}
+        return values
 
     runtime: Literal["plain", "depth-batched"] = Field(
         default="plain",
@@ -119,7 +151,31 @@ class LoopParameters(PassParameters):
             raise ValueError("heal_minutes limits healing, and heal_tokens=0 is none: give heal_tokens too")
         if self.heal_drawn and not self.heal_tokens:
             raise ValueError("heal_drawn is text for healing, and heal_tokens=0 is none: give heal_tokens too")
+        self._check_scratch()
         return self
+
+    def _check_scratch(self) -> None:
+        """Hold what is for training from scratch against what is not."""
+        changed = [name for name, known in type(self).model_fields.items() if getattr(self, name) != known.default]
+        if not self.from_scratch:
+            if extra := [name for name in _OF_SCRATCH if name in changed]:
+                raise ValueError(f"{extra[0]} is for training from scratch: give from_scratch=true, or leave it out")
+            return
+        if extra := [name for name in _NOT_OF_SCRATCH if name in changed]:
+            raise ValueError(
+                f"{extra[0]} is for weights that are trained already, and from_scratch starts without: leave it out"
+            )
+        if self.is_complete and self.chosen_pattern == "free":
+            raise ValueError(
+                "pattern=free chooses by the damage to trained weights, and from_scratch starts without: give blocks "
+                "and loops, or pattern=sequence or cycle"
+            )
+        step = self.train_length * self.train_batch
+        if 0 < self.train_tokens < step:
+            raise ValueError(
+                f"train_tokens={self.train_tokens} is less than one step of train_batch={self.train_batch} windows of "
+                f"train_length={self.train_length} tokens: give {step} or more"
+            )
 
     @property
     def even_rank(self) -> int:
@@ -139,12 +195,13 @@ class LoopParameters(PassParameters):
     @property
     def is_fitted(self) -> bool:
         """Whether calibration text is run to fit weights."""
-        return self.init == "least-squares" or self.rank != 0
+        return not self.from_scratch and (self.init == "least-squares" or self.rank != 0)
 
     @property
     def uses_importance(self) -> bool:
         """Whether errors of layers and linears are weighed against each other."""
-        return self.init == "least-squares" or (self.rank != 0 and self.allocation == "auto")
+        fitted = self.init == "least-squares" or (self.rank != 0 and self.allocation == "auto")
+        return fitted and not self.from_scratch
 
     @property
     def aligns(self) -> bool:
