@@ -146,7 +146,7 @@ class LoopPass(Pass):
 
     def apply(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
         """Choose which layers share, fit their weights, and make the model a looped one."""
-        from passes.loop import blocks, targets
+        from passes.loop import blocks, own_text, targets
         from passes.loop.convert import convert, fill
         from passes.loop.layout import LoopPlan
 
@@ -160,6 +160,9 @@ class LoopPass(Pass):
                 context, parameters.samples, parameters.length,
                 without="loop fits shared weights to text; give a calibration text",
             )  # fmt: skip
+        drawn = self._drawn(model, context)
+        if drawn is not None and batches:
+            batches = own_text.mixed(batches, drawn)
         groups, ranks, damages = self._groups(model, structure, batches, context)
         original = copy.deepcopy(model) if parameters.heal_tokens else None
         even = LoopPlan.even(structure, groups, ranks)
@@ -172,7 +175,7 @@ class LoopPass(Pass):
         sizes = plan.sizes(structure)
         convert(model, plan, plan.to_json(sizes) | _runtime(parameters))
         fill(model, plan, found.fitted)
-        healed = None if original is None else self._heal(model, original, context)
+        healed = None if original is None else self._heal(model, original, drawn, context)
         text = context.calibration
         details: dict[str, Any] = {
             "plan": plan.to_json(sizes),
@@ -250,13 +253,25 @@ class LoopPass(Pass):
         chosen = grouping.free(parameters, structure, lambda group, rank: damages[group] * left.share(group, rank))
         return tuple(option.layers for option in chosen), [option.rank for option in chosen], damages
 
-    def _heal(self, model: PreTrainedModel, original: PreTrainedModel, context: PassContext) -> Trained:
+    def _drawn(self, model: PreTrainedModel, context: PassContext) -> torch.Tensor | None:
+        """Return text that is drawn from the model itself; None where none is asked for."""
+        from passes.loop import own_text
+
+        if not self.parameters.drawn:
+            return None
+        return own_text.draw(
+            model, self.parameters.drawn, self.parameters.heal_length, getattr(context.tokenizer, "bos_token_id", None),
+            context.work, seed=context.seed, progress=context.progress,
+        )  # fmt: skip
+
+    def _heal(
+        self, model: PreTrainedModel, original: PreTrainedModel, drawn: torch.Tensor | None, context: PassContext
+    ) -> Trained:
         """Distil the original into the looped model on the whole calibration text."""
         import torch
 
         from passes.loop import launched
         from passes.loop.heal import heal
-        from passes.loop.own_text import draw
         from passes.loop.training import Settings
 
         text, parameters = context.calibration, self.parameters
@@ -274,12 +289,7 @@ class LoopPass(Pass):
             gradient_checkpointing=parameters.gradient_checkpointing,
             mixed=model.dtype.itemsize == 2,
         )
-        if parameters.heal_drawn:
-            start = getattr(context.tokenizer, "bos_token_id", None)
-            drawn = draw(
-                original, parameters.heal_drawn, parameters.heal_length, start, context.work,
-                seed=context.seed, progress=context.progress,
-            )  # fmt: skip
+        if drawn is not None:
             ids = torch.cat([drawn, ids])  # held out are the last windows: of the text
         processes = parameters.heal_processes
         if processes is None:

@@ -1,12 +1,12 @@
-"""Text that is drawn from the model itself: what healing sees of what the model knows beyond the text it is given.
+"""Text that is drawn from the model itself: what fitting and healing see of what it knows beyond the text it is given.
 
-A model that is healed on one kind of text forgets others. Its own samples are spread over all that it was trained on,
-and distilling on them needs no data (LLM-QAT, Liu et al. 2023, arXiv:2305.17888, section 3.1).
+A model that is fitted to or healed on one kind of text forgets others. Its own samples are spread over all that it was
+trained on, and distilling on them needs no data (LLM-QAT, Liu et al. 2023, arXiv:2305.17888, section 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,3 +81,19 @@ def _sequences(
         advance()
     advance()
     return torch.cat(drawn, dim=1).flatten()
+
+
+def mixed(batches: Sequence[torch.Tensor], drawn: torch.Tensor) -> list[torch.Tensor]:
+    """Return batches with every second window replaced by drawn text, as far as that goes.
+
+    Parameters
+    ----------
+    batches : sequence of torch.Tensor
+        Token ids, shape (B, T) each.
+    drawn : torch.Tensor
+        Shape (N,).
+    """
+    windows = torch.cat(list(batches))
+    count = min(len(windows) // 2, drawn.numel() // windows.shape[1])
+    windows[1 : 2 * count : 2] = drawn[: count * windows.shape[1]].view(count, -1)
+    return list(torch.split(windows, batches[0].shape[0]))

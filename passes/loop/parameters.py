@@ -21,7 +21,7 @@ SCRATCH_RATE = 1e-3
 """Learning rate from scratch where none is given."""
 _OF_SCRATCH = ("train_text", "train_tokens", "train_length", "train_batch")
 _NOT_OF_SCRATCH = (
-    "init", "align", "rounds", "allocation", "samples", "length", "damage_samples", "max_loops", "heal_drawn",
+    "init", "align", "rounds", "allocation", "samples", "length", "damage_samples", "max_loops", "drawn",
     "heal_tokens", "heal_minutes", "heal_train", "heal_length", "heal_batch",
 )  # fmt: skip
 """Parameters that fit trained weights, or heal them."""
@@ -78,14 +78,16 @@ class LoopParameters(PassParameters):
     )
     samples: int = Field(default=32, ge=1, description="Calibration windows.")
     length: int = Field(default=512, ge=16, description="Tokens of one calibration window.")
+    drawn: Annotated[int, BeforeValidator(_count)] = Field(
+        default=0,
+        ge=0,
+        description="Tokens to draw from the model itself: up to half of the calibration windows, and text to heal on.",
+    )
     damage_samples: int = Field(
         default=4, ge=1, description="Windows that the damage of sharing is measured on, with pattern=free."
     )
     heal_tokens: Annotated[int, BeforeValidator(_count)] = Field(
         default=0, ge=0, description="Tokens of the calibration text to distil the original on afterwards, 5M or 500k."
-    )
-    heal_drawn: Annotated[int, BeforeValidator(_count)] = Field(
-        default=0, ge=0, description="Tokens to draw from the original model, which healing sees beside the text."
     )
     heal_minutes: float | None = Field(default=None, gt=0, description="Most minutes of healing.")
     heal_train: Literal["all", "deltas"] = Field(
@@ -94,7 +96,7 @@ class LoopParameters(PassParameters):
     )
     heal_length: int = Field(default=512, ge=16, description="Tokens of one window of healing.")
     heal_batch: int = Field(default=4, ge=1, description="Windows of one step of healing.")
-    learning_rate: float = Field(default=3e-4, gt=0, description="The highest of healing; from scratch 1e-3.")
+    learning_rate: float = Field(default=1.5e-4, gt=0, description="The highest of healing; from scratch 1e-3.")
     heal_processes: int | None = Field(
         default=None, ge=1, description="Processes that heal together, one a GPU; default: as many as there are GPUs."
     )
@@ -149,9 +151,8 @@ class LoopParameters(PassParameters):
             )
         if self.heal_minutes is not None and not self.heal_tokens:
             raise ValueError("heal_minutes limits healing, and heal_tokens=0 is none: give heal_tokens too")
-        if self.heal_drawn and not self.heal_tokens:
-            raise ValueError("heal_drawn is text for healing, and heal_tokens=0 is none: give heal_tokens too")
-        self._check_scratch()
+        if self.drawn and not self.heal_tokens and self.drawn < self.length:
+            raise ValueError(f"drawn={self.drawn} is less than one window of length={self.length}: give more, or 0")
         return self
 
     def _check_scratch(self) -> None:

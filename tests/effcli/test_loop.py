@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from effcli.checkpoint_files import sha256_of
 from effcli.errors import SourceError
 from effcli.pipeline import optimize
 from effcli.recipes import Recipe, from_mapping
+from effcli.staging import folder_for
 from passes.base import PassError
 from tests.conftest import save_tiny
 
@@ -149,3 +151,33 @@ def test_a_looped_checkpoint_of_an_unknown_architecture_is_named(tmp_path: Path)
     (folder / provenance.FILE).write_text(json.dumps(about))
     with pytest.raises(SourceError, match="is a looped XyzForCausalLM, which the installed transformers"):
         effcli.load(folder)
+
+
+@pytest.mark.slow
+def test_healing_that_is_killed_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
+    healed = {"heal_tokens": 60 * 64, "heal_length": 16, "heal_batch": 4, "checkpoint_minutes": 0}
+    given = "loop:" + ",".join(f"{key}={value}" for key, value in (LOOP["loop"] | healed).items())
+    hashes = []
+    for name in ("straight", "killed"):
+        out = tmp_path / name
+        command = [sys.executable, "-m", "effcli", "optimize", tiny_folder, "--pass", given, "-o", out]
+        command += ["--context", 64, "--eval-tokens", 256]
+        if name == "killed":
+            state = folder_for(out) / "pass-1.work" / "healing.safetensors"
+            running = subprocess.Popen(
+                [*map(str, command)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            while not state.exists():
+                assert running.poll() is None, running.communicate()
+                time.sleep(0.002)
+            running.kill()
+            running.communicate()
+            assert not out.exists()
+            command.append("--resume")
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        healing = json.loads((out / "report.json").read_text())["passes"][0]["details"]["healing"]
+        assert healing["resumed"] == (name == "killed")
+        assert healing["steps"] == 60
+        hashes.append(sha256_of(out / "model.safetensors"))
+    assert hashes[0] == hashes[1]
