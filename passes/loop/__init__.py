@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from passes import calibration_text
 from passes.base import (
-    LayerRecord,
     LoadOptions,
     LoadRecord,
     MeasureContext,
@@ -25,7 +24,6 @@ from passes.base import (
     PassError,
     PassRecord,
     Prediction,
-    Skipped,
     SourceContext,
     SourceTexts,
 )
@@ -35,8 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from passes.loop.blocks import FittedPlan
-    from passes.loop.layout import Groups, LoopPlan, Sizes
+    from passes.loop.layout import Groups
     from passes.loop.targets import Structure
     from passes.loop.training import Trained
 
@@ -146,7 +143,7 @@ class LoopPass(Pass):
 
     def apply(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
         """Choose which layers share, fit their weights, and make the model a looped one."""
-        from passes.loop import blocks, own_text, targets
+        from passes.loop import blocks, own_text, record, targets
         from passes.loop.convert import convert, fill
         from passes.loop.layout import LoopPlan
 
@@ -179,9 +176,9 @@ class LoopPass(Pass):
         text = context.calibration
         details: dict[str, Any] = {
             "plan": plan.to_json(sizes),
-            "sizes": _plain(sizes),
+            "sizes": record.plain(sizes),
             "error_of": "outputs" if parameters.is_fitted else "weights",
-            "shared_error": _shared_errors(plan, found),
+            "shared_error": record.shared_errors(plan, found),
             "moment_runs": found.runs,
             "similarity": [
                 {"layers": list(layers), "before": before, "after": after}
@@ -190,7 +187,7 @@ class LoopPass(Pass):
         }
         if healed is not None:
             details["healing"] = asdict(healed)
-            details["curves"] = [_curve(healed)]
+            details["curves"] = [record.curve(healed)]
         if damages:
             details["damages"] = [
                 {"layers": list(group), "kl": damage, "chosen": group in groups} for group, damage in damages.items()
@@ -203,18 +200,18 @@ class LoopPass(Pass):
         return PassRecord(
             name=self.name,
             parameters=parameters.model_dump(mode="json"),
-            summary=_summary(plan, sizes) + ("" if healed is None else f", healed on {healed.tokens:,} tokens"),
+            summary=record.summary(plan, sizes) + ("" if healed is None else f", healed on {healed.tokens:,} tokens"),
             seed=context.seed,
-            layers=_records(structure, plan, found),
-            skipped=_skipped(parameters, structure, plan),
-            notes=(*_notes(plan, sizes), *_healing_notes(healed)),
+            layers=record.records(structure, plan, found),
+            skipped=record.skipped(parameters, structure, plan),
+            notes=(*record.notes(plan, sizes), *record.healing_notes(healed)),
             details=details,
             versions={name: version(name) for name in ("torch", "transformers")},
         )
 
     def _from_scratch(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
         """Train the looped model as its twin was, from random weights."""
-        from passes.loop import grouping, scratch, scratch_record, targets
+        from passes.loop import grouping, record, scratch, scratch_record, targets
         from passes.loop.layout import LoopPlan
 
         parameters, structure = self.parameters, targets.find(model)
@@ -225,12 +222,17 @@ class LoopPass(Pass):
         return PassRecord(
             name=self.name,
             parameters=parameters.model_dump(mode="json"),
-            summary=f"{_summary(plan, sizes)}, {scratch_record.summary(said)}",
+            summary=f"{record.summary(plan, sizes)}, {scratch_record.summary(said)}",
             seed=context.seed,
-            layers=_records(structure, plan, None),
-            skipped=_skipped(parameters, structure, plan),
-            notes=(*_notes(plan, sizes), *scratch_record.notes(said)),
-            details={"plan": plan.to_json(sizes), "sizes": _plain(sizes), "from_scratch": said},
+            layers=record.records(structure, plan, None),
+            skipped=record.skipped(parameters, structure, plan),
+            notes=(*record.notes(plan, sizes), *scratch_record.notes(said)),
+            details={
+                "plan": plan.to_json(sizes),
+                "sizes": record.plain(sizes),
+                "from_scratch": said,
+                "curves": [scratch_record.curve(said)],
+            },
             versions={name: version(name) for name in ("torch", "transformers", "tokenizers")},
         )
 
@@ -344,111 +346,3 @@ class LoopPass(Pass):
 def _runtime(parameters: LoopParameters) -> dict[str, str]:
     """Return what the config's ``loop`` says of how the model is meant to be served; nothing for plain."""
     return {} if parameters.runtime == "plain" else {"runtime": parameters.runtime}
-
-
-def _plain(sizes: Sizes) -> dict[str, Any]:
-    return {
-        **asdict(sizes),
-        "share": sizes.share,
-        "layers_share": sizes.layers_share,
-        "delta_flops_per_token": sizes.delta_flops_per_token,
-    }
-
-
-def _curve(healed: Trained) -> dict[str, Any]:
-    """Return the curve of healing as reports draw it."""
-    return {
-        "title": "Healing, by tokens trained on",
-        "unit": "nats a token",
-        "series": [
-            {
-                "name": "KL divergence, held-out text",
-                "points": [[point.tokens, point.held_out] for point in healed.curve],
-            },
-            {
-                "name": "loss in training",
-                "points": [[point.tokens, point.loss] for point in healed.curve if point.loss is not None],
-            },
-        ],
-    }
-
-
-def _healing_notes(healed: Trained | None) -> tuple[str, ...]:
-    if healed is None:
-        return ()
-    first, last = healed.curve[0], healed.curve[-1]
-    rounds = healed.tokens / (healed.windows * healed.tokens_of_window)
-    return (
-        f"healed on {healed.tokens:,} tokens ({rounds:.1f} rounds through the text, {healed.seconds / 60:.1f} minutes, "
-        f"ended by {healed.ended}; {healed.trained_parameters:,} parameters trained): KL divergence on windows that "
-        f"were not trained on {first.held_out:.3g} -> {last.held_out:.3g} nats a token",
-    )
-
-
-def _records(structure: Structure, plan: LoopPlan, found: FittedPlan | None) -> tuple[LayerRecord, ...]:
-    """Return one record for each layer's linear, with the relative squared error of its output where it was fitted."""
-    return tuple(
-        LayerRecord(
-            name=f"{plan.stack}.{index}.{name}",
-            kind=name.rpartition(".")[2],
-            bits=8.0 * structure.linears[index][name].itemsize,
-            group_size=None,
-            error=None if found is None else found.fitted[number, name].errors[member],
-        )
-        for number, block in enumerate(plan.blocks)
-        for member, index in enumerate(block.layers)
-        for name in structure.linears[index]
-    )
-
-
-def _shared_errors(plan: LoopPlan, found: FittedPlan) -> dict[str, float]:
-    """Return, by the name of a layer's linear, the relative squared error of the shared weight alone."""
-    return {
-        f"{plan.stack}.{index}.{name}": found.fitted[number, name].shared_errors[member]
-        for number, block in enumerate(plan.blocks)
-        for member, index in enumerate(block.layers)
-        for name in block.ranks
-    }
-
-
-def _skipped(parameters: LoopParameters, structure: Structure, plan: LoopPlan) -> tuple[Skipped, ...]:
-    """Return the layers that share with none, and why."""
-    skipped = []
-    for index in range(structure.layers):
-        if index in plan.shared_layers:
-            continue
-        if index in structure.unshareable:
-            reason = structure.unshareable[index]
-        elif index < parameters.keep_first:
-            reason = f"keep_first={parameters.keep_first} was asked for"
-        elif index >= structure.layers - parameters.keep_last:
-            reason = f"keep_last={parameters.keep_last} was asked for"
-        else:
-            reason = "the target is met without sharing it, at less damage"
-        skipped.append(Skipped(f"{plan.stack}.{index}", reason))
-    return tuple(skipped)
-
-
-def _summary(plan: LoopPlan, sizes: Sizes) -> str:
-    ranks = sorted({rank for block in plan.blocks for members in block.ranks.values() for rank in members})
-    own = "no part of their own" if ranks[-1:] == [0] else f"parts of rank {ranks[0]} to {ranks[-1]} of their own"
-    return (
-        f"{len(plan.shared_layers)} of {plan.layers} layers run with {len(plan.blocks)} stored blocks and {own}: "
-        f"{sizes.share:.1%} of the parameters, {sizes.layers_share:.1%} of the layers'"
-    )
-
-
-def _notes(plan: LoopPlan, sizes: Sizes) -> tuple[str, ...]:
-    loops: Mapping[int, int] = {
-        size: sum(len(block.layers) == size for block in plan.blocks)
-        for size in sorted({len(block.layers) for block in plan.blocks})
-    }
-    shown = ", ".join(f"{count} of {size} layers" for size, count in loops.items())
-    return (
-        f"blocks: {shown}; {plan.sets} sets of layer weights in place of {plan.layers}",
-        f"the layers' own low-rank parts take {sizes.delta_parameters:,} parameters and add "
-        f"{sizes.delta_flops_per_token:,} FLOPs a token",
-        "a step still reads a block's weights in each of its loops: what is stored shrinks, what a step moves does not "
-        "by itself",
-        "plain transformers reads the folder with trust_remote_code=True; effcli runs no code of it",
-    )

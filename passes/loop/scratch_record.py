@@ -83,3 +83,15 @@ def notes(said: dict[str, Any]) -> tuple[str, ...]:
         f"{looped['seconds'] / 60:.1f} minutes; twin {twin['parameters']:,} parameters, "
         f"{twin['flops_per_token']:,} FLOPs a token, {twin['seconds'] / 60:.1f} minutes",
     )
+
+
+def curve(said: dict[str, Any]) -> dict[str, Any]:
+    """Return both models' curves as reports draw them."""
+    return {
+        "title": "Held-out loss by tokens trained on",
+        "unit": "nats a token",
+        "series": [
+            {"name": name, "points": [[point["tokens"], point["held_out_loss"]] for point in said[key]["curve"]]}
+            for name, key in (("looped", "looped"), ("unshared twin", "twin"))
+        ],
+    }
