@@ -156,7 +156,7 @@ def _gentler(report: Report) -> str:
     weights = not names or not names <= set(declared)
     offers = ["scheme=w8a16, or scheme=auto,bits=5"] if weights else []
     offers += [f"{name}:{parameters}" for name, parameters in declared.items()]
-    return f"try more bits ({'; '.join(offers)}){' or smaller groups' if weights else ''}"
+    return f"try a gentler recipe ({'; '.join(offers)}){' or smaller groups' if weights else ''}"
 
 
 def pass_names(report: Report) -> set[str]:

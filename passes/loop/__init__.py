@@ -56,7 +56,7 @@ class LoopPass(Pass):
     changes = frozenset({"weights", "structure"})
     before = ("quantize",)
     excludes = ("loop",)
-    gentler = "rank=128"
+    gentler = "heal_tokens=5M, or a larger rank"
     from_config = "from_scratch=true,train_text=FILE,train_tokens=5M,blocks=4,loops=3"
 
     parameters: LoopParameters
@@ -170,7 +170,7 @@ class LoopPass(Pass):
         plan = found.plan
         plan.check(structure)
         sizes = plan.sizes(structure)
-        convert(model, plan, plan.to_json(sizes) | _runtime(parameters))
+        convert(model, plan, plan.to_json(sizes) | parameters.loop_entries)
         fill(model, plan, found.fitted)
         healed = None if original is None else self._heal(model, original, drawn, context)
         text = context.calibration
@@ -341,8 +341,3 @@ class LoopPass(Pass):
         from passes.loop import runtime
 
         return runtime.measure(model, context, depth_batched=self.parameters.runtime == "depth-batched")
-
-
-def _runtime(parameters: LoopParameters) -> dict[str, str]:
-    """Return what the config's ``loop`` says of how the model is meant to be served; nothing for plain."""
-    return {} if parameters.runtime == "plain" else {"runtime": parameters.runtime}

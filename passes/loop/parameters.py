@@ -205,6 +205,11 @@ class LoopParameters(PassParameters):
         return fitted and not self.from_scratch
 
     @property
+    def loop_entries(self) -> dict[str, str]:
+        """What the config's ``loop`` says of how the model is meant to be served; nothing for plain."""
+        return {} if self.runtime == "plain" else {"runtime": self.runtime}
+
+    @property
     def aligns(self) -> bool:
         """Whether hidden units are put in one order; a block's weights may come from a layer outside it otherwise."""
         return self.align and self.init != "stepwise"

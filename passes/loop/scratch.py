@@ -166,7 +166,7 @@ def train_looped(
     tokens = scratch_text.tokenize(text, tokenizer, vocabulary, parameters)
     dtype, sizes = model.dtype, plan.sizes(structure)
     flops = flops_per_token(structure, model)
-    restart(model, plan, plan.to_json(sizes), context.seed)
+    restart(model, plan, plan.to_json(sizes) | parameters.loop_entries, context.seed)
     done = _train(model, tokens, parameters, context, "training the looped model")
     model.to(dtype)
     looped = _trained(done, sizes.parameters_after, flops + sizes.delta_flops_per_token)

@@ -209,7 +209,7 @@ def test_a_smaller_cache_is_a_gain_and_read_by_us_alone() -> None:
 def test_more_bits_are_advised_of_the_pass_that_ran() -> None:
     report = replace(smaller_cache(), quality=optimize_samples.quality(17.05, (1.09, 1.15)))
     following = lines(report)[2]
-    assert "try more bits (kv-pq:bits=8)" in following
+    assert "try a gentler recipe (kv-pq:bits=8)" in following
     assert "scheme" not in following
 
 
@@ -221,13 +221,13 @@ def test_what_a_pass_changes_is_asked_of_the_pass(monkeypatch: pytest.MonkeyPatc
     report = replace(smaller_cache(), quality=optimize_samples.quality(17.05, (1.09, 1.15)))
     report = replace(report, passes=(replace(report.passes[0], name="low-rank-cache"),))
     following = lines(report)[2]  # no pass of this name is installed here
-    assert "try more bits (scheme=w8a16" in following and "of its own" not in following
+    assert "try a gentler recipe (scheme=w8a16" in following and "of its own" not in following
     monkeypatch.setattr("passes.registry.load", lambda name: CachePass)
     following = lines(report)[2]
-    assert "try more bits (low-rank-cache:rank=64)" in following
+    assert "try a gentler recipe (low-rank-cache:rank=64)" in following
     assert "plain transformers, with a cache of its own, reads the same folder" in following
     CachePass.gentler = None
-    assert "try more bits (scheme=w8a16" in lines(report)[2]
+    assert "try a gentler recipe (scheme=w8a16" in lines(report)[2]
 
 
 def test_a_plan_says_what_becomes_of_the_cache_and_not_of_weights_that_stay() -> None:
