@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from passes.loop.blocks import Statistics
     from passes.loop.layout import Groups
     from passes.loop.targets import Structure
     from passes.loop.training import Trained
@@ -160,12 +161,12 @@ class LoopPass(Pass):
         drawn = self._drawn(model, context)
         if drawn is not None and batches:
             batches = own_text.mixed(batches, drawn)
-        groups, ranks, damages = self._groups(model, structure, batches, context)
+        groups, ranks, damages, observed = self._groups(model, structure, batches, context)
         original = copy.deepcopy(model) if parameters.heal_tokens else None
         even = LoopPlan.even(structure, groups, ranks)
         found = blocks.fit(
             model, structure, even, parameters, batches if parameters.is_fitted else [],
-            seed=context.seed, progress=context.progress,
+            seed=context.seed, progress=context.progress, observed=observed,
         )  # fmt: skip
         plan = found.plan
         plan.check(structure)
@@ -238,22 +239,27 @@ class LoopPass(Pass):
 
     def _groups(
         self, model: PreTrainedModel, structure: Structure, batches: Sequence[torch.Tensor], context: PassContext
-    ) -> tuple[Groups, Sequence[int], dict[tuple[int, ...], float]]:
-        """Return which layers share, with which rank, and the damages that they were chosen by."""
-        from passes.loop import damage, grouping
+    ) -> tuple[Groups, Sequence[int], dict[tuple[int, ...], float], Statistics | None]:
+        """Return which layers share, at which ranks, by which damages, and what text was found to say."""
+        from passes.loop import blocks, damage, grouping
 
         parameters = self.parameters
         grouping.check(parameters, structure)
         if parameters.chosen_pattern != "free":
             groups = grouping.regular(parameters, structure)
-            return groups, (parameters.even_rank,) * len(groups), {}
+            return groups, (parameters.even_rank,) * len(groups), {}, None
         if parameters.aligns:
             damage.align_neighbours(model, structure, grouping.looped_layers(parameters, structure))
         rows = max(1, parameters.damage_samples // max(1, batches[0].shape[0]))
         damages = damage.measure(model, structure, batches[:rows], grouping.candidates(parameters, structure), context)
-        left = damage.Remaining(model, structure)
+        known, layers = None, sorted({index for group in damages for index in group})
+        if parameters.is_fitted and blocks.fits_at_once(structure, layers, model.device):
+            known = blocks.observe(
+                model, structure, layers, parameters, batches, seed=context.seed, progress=context.progress
+            )
+        left = damage.Remaining(model, structure, known)
         chosen = grouping.free(parameters, structure, lambda group, rank: damages[group] * left.share(group, rank))
-        return tuple(option.layers for option in chosen), [option.rank for option in chosen], damages
+        return tuple(option.layers for option in chosen), [option.rank for option in chosen], damages, known
 
     def _drawn(self, model: PreTrainedModel, context: PassContext) -> torch.Tensor | None:
         """Return text that is drawn from the model itself; None where none is asked for."""

@@ -65,6 +65,7 @@ def fit(
     *,
     seed: int,
     progress: Progress,
+    observed: Statistics | None = None,
 ) -> FittedPlan:
     """Fit the blocks of a plan on calibration text.
 
@@ -80,24 +81,21 @@ def fit(
         Token ids, shape (B, T) each; empty where nothing is to be fitted to text.
     seed : int
     progress : Progress
+    observed : Statistics, optional
+        Of all layers that share, where they are known already; changed with the order of hidden units.
     """
-    weighs = bool(batches) and parameters.uses_importance
-    few = batches[: max(1, importance.TOKENS // batches[0].numel())] if weighs else []
-    parts = _parts(structure, plan, model.device, weighs) if batches else [list(range(len(plan.blocks)))]
+    parts = [list(range(len(plan.blocks)))]
+    if batches and observed is None:
+        parts = _parts(structure, plan, model.device, parameters.uses_importance)
     blocks = list(plan.blocks)
     found = FittedPlan(plan, {}, {}, len(parts) if batches else 0, {})
     for number, part in enumerate(parts, start=1):
         layers = sorted(index for block in part for index in plan.blocks[block].layers)
         label = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
-        known = Statistics(None, {})
-        if weighs:
-            with progress.task(f"weighing layers{label}", total=len(few)) as task:
-                generator = torch.Generator().manual_seed(seed)
-                known.gradients = importance.measure(model, structure, layers, few, generator=generator, task=task)
-            found.importance.update({key: float(item.diagonal().mean()) for key, item in known.gradients.items()})
-        if batches:
-            with progress.task(f"inputs of layers{label}", total=len(batches)) as task:
-                known.inputs = statistics.collect(model, structure, layers, batches, task)
+        known = observed or observe(
+            model, structure, layers, parameters, batches, seed=seed, progress=progress, label=label
+        )
+        found.importance.update({key: known.importance(*key) for key in known.gradients})
         with progress.task("fitting blocks", total=len(part)) as task:
             for index in part:
                 members = plan.blocks[index].layers
@@ -128,6 +126,43 @@ class Statistics:
         """Return what a squared error of a linear's output counts."""
         found = self.gradients.get((index, name))
         return 1.0 if found is None else float(found.diagonal().mean())
+
+
+def observe(
+    model: PreTrainedModel,
+    structure: Structure,
+    layers: Sequence[int],
+    parameters: LoopParameters,
+    batches: Sequence[torch.Tensor],
+    *,
+    seed: int,
+    progress: Progress,
+    label: str = "",
+) -> Statistics:
+    """Run text and return the second moments of some layers' inputs and gradients, as far as they are needed."""
+    known = Statistics(None, {})
+    if batches and parameters.uses_importance:
+        few = batches[: max(1, importance.TOKENS // batches[0].numel())]
+        with progress.task(f"weighing layers{label}", total=len(few)) as task:
+            generator = torch.Generator().manual_seed(seed)
+            known.gradients = importance.measure(model, structure, layers, few, generator=generator, task=task)
+    if batches:
+        with progress.task(f"inputs of layers{label}", total=len(batches)) as task:
+            known.inputs = statistics.collect(model, structure, layers, batches, task)
+    return known
+
+
+def fits_at_once(structure: Structure, layers: Sequence[int], device: torch.device) -> bool:
+    """Whether the second moments of so many layers may be in memory together."""
+    from profilers.device import memory_available_bytes
+
+    return sum(_needed_bytes(structure, index, True) for index in layers) <= MEMORY_SHARE * memory_available_bytes(
+        device
+    )
+
+
+def _needed_bytes(structure: Structure, index: int, weighs: bool) -> int:
+    return statistics.moment_bytes(structure, index) + (importance.moment_bytes(structure, index) if weighs else 0)
 
 
 def _align(
@@ -276,9 +311,7 @@ def _parts(structure: Structure, plan: LoopPlan, device: torch.device, weighs: b
     parts: list[list[int]] = [[]]
     held = 0
     for number, block in enumerate(plan.blocks):
-        needed = sum(statistics.moment_bytes(structure, index) for index in block.layers)
-        if weighs:
-            needed += sum(importance.moment_bytes(structure, index) for index in block.layers)
+        needed = sum(_needed_bytes(structure, index, weighs) for index in block.layers)
         if parts[-1] and held + needed > limit:
             parts.append([])
             held = 0

@@ -153,6 +153,7 @@ class LoopParameters(PassParameters):
             raise ValueError("heal_minutes limits healing, and heal_tokens=0 is none: give heal_tokens too")
         if self.drawn and not self.heal_tokens and self.drawn < self.length:
             raise ValueError(f"drawn={self.drawn} is less than one window of length={self.length}: give more, or 0")
+        self._check_scratch()
         return self
 
     def _check_scratch(self) -> None:

@@ -206,9 +206,10 @@ def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
     assert (two.processes, two.steps, two.trained_parameters) == (2, one.steps, one.trained_parameters)
     # AdamW makes steps of one size out of gradients of any size, so rounding shows where gradients are next to nothing.
     assert [point.held_out for point in two.curve] == pytest.approx([point.held_out for point in one.curve], rel=0.02)
-    for name, tensor in shared.state_dict().items():
-        moved = (tensor - before[name]).norm()
-        assert (tensor - whole.state_dict()[name]).norm() <= 0.2 * moved + 1e-6
+    final = whole.state_dict()
+    moved = sum(float((final[name] - before[name]).square().sum()) for name in final)
+    apart = sum(float((tensor - final[name]).square().sum()) for name, tensor in shared.state_dict().items())
+    assert apart <= 0.1 * moved
     assert [path.name for path in (tmp_path / "two").iterdir()] == []
     with pytest.raises(PassError, match="5 windows of a step do not divide among 2 processes"):
         launched.heal(

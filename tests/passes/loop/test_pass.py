@@ -176,7 +176,7 @@ def test_damage_is_measured_and_the_target_met(tmp_path: Path) -> None:
 
 
 def test_without_text_nothing_is_fitted(tmp_path: Path) -> None:
-    item = LoopPass.from_mapping({"blocks": 2, "loops": 2, "rank": 0, "init": "average"})
+    item = LoopPass.from_mapping({"blocks": 2, "loops": 2, "rank": 0, "init": "average", "align": False})
     model, original = build("llama"), build("llama")
     item.apply(model, PassContext(None, CPU, None, tmp_path))
     mean = (original.model.layers[0].mlp.up_proj.weight + original.model.layers[1].mlp.up_proj.weight) / 2
