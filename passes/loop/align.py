@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from passes.loop.modeling_looped import sizes, weight_of
-from passes.loop.targets import Shape
+from passes.loop.targets import Shape, Structure
 
 TOLERANCE = 1e-4
 """Relative distance of outputs below which two float32 computations are the same one."""
@@ -47,6 +47,26 @@ class HiddenUnits:
     producers: tuple[str, ...]
     consumer: str
     signed: str | None
+
+
+class Finder:
+    """Finds hidden units, once for all layers of a kind.
+
+    Parameters
+    ----------
+    structure : Structure
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self._structure = structure
+        self._found: dict[str, tuple[HiddenUnits, ...]] = {}
+
+    def of(self, layer: nn.Module, index: int) -> tuple[HiddenUnits, ...]:
+        """Return the hidden units of the layer at an index."""
+        kind = self._structure.kinds[index]
+        if kind not in self._found:
+            self._found[kind] = find(layer, self._structure.linears[index])
+        return self._found[kind]
 
 
 def find(layer: nn.Module, shapes: Mapping[str, Shape]) -> tuple[HiddenUnits, ...]:

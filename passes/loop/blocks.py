@@ -87,7 +87,7 @@ def fit(
     parts = [list(range(len(plan.blocks)))]
     if batches and observed is None:
         parts = _parts(structure, plan, model.device, parameters.uses_importance)
-    blocks = list(plan.blocks)
+    blocks, finder = list(plan.blocks), align.Finder(structure)
     found = FittedPlan(plan, {}, {}, len(parts) if batches else 0, {})
     for number, part in enumerate(parts, start=1):
         layers = sorted(index for block in part for index in plan.blocks[block].layers)
@@ -100,7 +100,7 @@ def fit(
             for index in part:
                 members = plan.blocks[index].layers
                 if parameters.aligns:
-                    found.similarity[members] = _align(model, structure, members, known)
+                    found.similarity[members] = _align(model, structure, members, known, finder)
                 blocks[index], fitted = _fit_block(model, structure, plan, index, parameters, known)
                 found.fitted.update({(index, name): item for name, item in fitted.items()})
                 task.advance()
@@ -166,7 +166,7 @@ def _needed_bytes(structure: Structure, index: int, weighs: bool) -> int:
 
 
 def _align(
-    model: PreTrainedModel, structure: Structure, members: Sequence[int], known: Statistics
+    model: PreTrainedModel, structure: Structure, members: Sequence[int], known: Statistics, finder: align.Finder
 ) -> tuple[float, float]:
     """Put the hidden units of a block's layers in one order, in the model and in what is known of them."""
     stack = model.get_submodule(structure.stack)
@@ -179,7 +179,7 @@ def _align(
         inputs = torch.eye(shape.in_features) if known.inputs is None else known.inputs.of(index, name)
         return inputs, outputs
 
-    before, after, found = [], [], align.find(layers[0], shapes)
+    before, after, found = [], [], finder.of(layers[0], members[0])
     for units in found:
         orders, plain, aligned = align.align(layers, members, units, weighing)
         before.append(plain)

@@ -64,9 +64,10 @@ def align_neighbours(model: PreTrainedModel, structure: Structure, layers: Seque
         shape = structure.linears[index][name]
         return torch.eye(shape.in_features), torch.ones(shape.out_features)
 
+    finder = align.Finder(structure)
     for one, two in zip(layers, layers[1:], strict=False):
         if structure.kinds[one] == structure.kinds[two] and not structure.unshareable.keys() & {one, two}:
-            for units in align.find(stack[one], structure.linears[one]):
+            for units in finder.of(stack[one], one):
                 align.align([stack[one], stack[two]], (one, two), units, alike)
 
 
