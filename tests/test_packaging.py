@@ -35,6 +35,9 @@ def test_the_wheel_holds_the_three_packages_and_their_data(built: Path) -> None:
     for needed in ("effcli/py.typed", "profilers/py.typed", "passes/py.typed", "profilers/sinks.py"):
         assert needed in names
     assert any(name.startswith("effcli/reports/") and name.endswith(".jinja") for name in names)
+    pipeline = ROOT / "effcli" / "dit_tiny" / "pipeline"
+    shipped = {path.relative_to(ROOT).as_posix() for path in pipeline.rglob("*") if path.is_file()}
+    assert shipped <= set(names) and "effcli/dit_tiny/pipeline/model_index.json" in shipped
 
 
 def test_the_sdist_holds_what_a_packager_needs(built: Path) -> None:

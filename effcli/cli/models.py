@@ -20,6 +20,8 @@ def command(
 
         with progress_bars(quiet=quiet) as progress:
             folder = builtin_models.fetch(fetch, progress)
+        if not quiet and isinstance(builtin_models.CATALOGUE[fetch], builtin_models.ShippedModel):
+            typer.echo(f"{fetch} is shipped with effcli: nothing to fetch", err=True)
         typer.echo(str(folder))
         return
     rows = [
@@ -31,6 +33,7 @@ def command(
             "licence": model.licence,
             "origin": model.origin,
             "cached": builtin_models.cached(name),
+            "shipped": isinstance(model, builtin_models.ShippedModel),
         }
         for name, model in builtin_models.CATALOGUE.items()
     ]
@@ -46,7 +49,7 @@ def command(
     for heading in ("name", "parameters", "download", "licence", "cached", "origin"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        size = f"{int(str(row['download_bytes'])) / 1e6:.0f} MB"
-        cached = "yes" if row["cached"] else "no"
+        size = "none" if row["shipped"] else f"{int(str(row['download_bytes'])) / 1e6:.0f} MB"
+        cached = "shipped" if row["shipped"] else "yes" if row["cached"] else "no"
         table.add_row(str(row["name"]), f"{row['parameters']:,}", size, str(row["licence"]), cached, str(row["origin"]))
     Console().print(table)

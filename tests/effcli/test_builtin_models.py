@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,5 +245,8 @@ def test_unknown_name(function):
 def test_catalogue_is_pinned():
     for name, model in builtin_models.CATALOGUE.items():
         assert name == model.name
+        if isinstance(model, builtin_models.ShippedModel):
+            assert model.folder.is_relative_to(Path(builtin_models.__file__).parent)
+            continue
         assert len(model.sha256) == len(model.file_sha256) == 64
         assert model.wheel.startswith(f"{model.package.replace('-', '_')}-{model.version}-")

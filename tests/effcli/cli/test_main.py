@@ -156,15 +156,28 @@ def test_profilers_lists_what_only_takes(capsys: pytest.CaptureFixture[str]) -> 
     assert re.search(r"redundancy .*if named", out) and re.search(r"kv .*by default", out)
 
 
-def test_models_lists_the_built_in_model(
+def test_models_lists_the_built_in_models(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EFFCLI_CACHE", str(tmp_path))
     code, out, _ = run(capsys, "models", "--json")
     assert code == 0
-    (row,) = json.loads(out)
+    row, shipped = json.loads(out)
     assert row["name"] == "smollm2-135m" and row["licence"] == "Apache-2.0" and row["cached"] is False
     assert row["parameters"] == 134_515_008 and row["download_bytes"] == 92_871_040
+    assert shipped["name"] == "dit-tiny" and shipped["cached"] and shipped["shipped"] and not row["shipped"]
+    _, out, _ = run(capsys, "models")
+    assert re.search(r"smollm2-135m .* no ", out) and re.search(r"dit-tiny .*shipped", out)
+
+
+def test_fetching_what_is_shipped_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFCLI_CACHE", str(tmp_path))
+    code, out, err = run(capsys, "models", "--fetch", "dit-tiny")
+    assert (code, err) == (0, "dit-tiny is shipped with effcli: nothing to fetch\n")
+    assert (Path(out.strip()) / "model_index.json").is_file()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
