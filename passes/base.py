@@ -188,6 +188,27 @@ class PassContext:
 
 
 @dataclass
+class PipelineContext:
+    """What :meth:`ActsOnPipelines.apply_pipeline` runs with.
+
+    Attributes
+    ----------
+    device : torch.device
+        Where the pipeline is.
+    work : Path
+        As in :class:`PassContext`.
+    seed : int
+        Of everything random.
+    progress : Progress
+    """
+
+    device: torch.device
+    work: Path
+    seed: int = 0
+    progress: Progress = field(default_factory=SilentProgress)
+
+
+@dataclass
 class SourceContext:
     """What :meth:`Pass.build_source` runs with.
 
@@ -646,6 +667,73 @@ class Pass(ABC):
             None for a pass that the common figures say everything about.
         """
         return None
+
+
+class ActsOnPipelines(ABC):
+    """What a pass does with a diffusion pipeline; mixed into a :class:`Pass`."""
+
+    @abstractmethod
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Refuse a pipeline that the pass cannot change, before anything is measured.
+
+        Parameters
+        ----------
+        pipeline : diffusers.DiffusionPipeline
+
+        Raises
+        ------
+        PassError
+            Naming what the pipeline lacks.
+        """
+
+    @abstractmethod
+    def apply_pipeline(self, pipeline: Any, context: PipelineContext) -> PassRecord:
+        """Work out what changes. The live pipeline may be left changed; it is not used again.
+
+        Parameters
+        ----------
+        pipeline : diffusers.DiffusionPipeline
+            On its device.
+        context : PipelineContext
+        """
+
+    @abstractmethod
+    def save_pipeline(self, pipeline: Any, folder: Path) -> None:
+        """Write what :meth:`apply_pipeline` changed over the pipeline's files in a folder, as safetensors and JSON.
+
+        Parameters
+        ----------
+        pipeline : diffusers.DiffusionPipeline
+            As :meth:`apply_pipeline` left it.
+        folder : Path
+            Holds all files of the pipeline before this pass; weights may be hard links, to be replaced, never written
+            into.
+        """
+
+
+class PipelinePass(ActsOnPipelines, Pass):
+    """A technique for diffusion pipelines, and for no language model."""
+
+    changes = frozenset({"schedule"})
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a language model."""
+        raise self._not_for(model)
+
+    def plan(self, profile: ModelProfile) -> Prediction:
+        """Refuse a language model."""
+        raise self._not_for(profile.model)
+
+    def apply(self, model: PreTrainedModel, context: PassContext) -> PassRecord:
+        """Refuse a language model."""
+        raise self._not_for(model)
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Refuse a language model."""
+        raise self._not_for(model)
+
+    def _not_for(self, model: PreTrainedModel) -> PassError:
+        return PassError(f"pass '{self.name}' works on diffusers pipelines; {type(model).__name__} is none")
 
 
 def _explain(name: str, parameters: type[PassParameters], error: ValidationError) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from passes import calibration_text
 from passes.base import (
+    ActsOnPipelines,
     LayerRecord,
     LoadOptions,
     LoadRecord,
@@ -21,6 +22,7 @@ from passes.base import (
     PassContext,
     PassError,
     PassRecord,
+    PipelineContext,
     Prediction,
 )
 from passes.quantize.parameters import QuantizeParameters
@@ -43,7 +45,7 @@ _METHODS = {
 }
 
 
-class QuantizePass(Pass):
+class QuantizePass(ActsOnPipelines, Pass):
     """Stores the weights of linear layers, experts included, in few bits."""
 
     name = "quantize"
@@ -218,6 +220,43 @@ class QuantizePass(Pass):
         from passes.quantize.kernels import repack
 
         return repack(model, options)
+
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Refuse a pipeline whose denoiser has nothing to round, or a method that needs text."""
+        from passes.quantize import denoiser
+        from passes.quantize.quiet import require_extra
+
+        denoiser.check(pipeline, self.parameters)
+        require_extra()
+
+    def apply_pipeline(self, pipeline: Any, context: PipelineContext) -> PassRecord:
+        """Round the weights of the denoiser's blocks to the nearest; see :mod:`passes.quantize.denoiser`."""
+        self.check_pipeline(pipeline)
+        from passes.quantize import denoiser
+        from passes.quantize.quiet import quiet_libraries
+
+        with quiet_libraries():
+            rounded = denoiser.round_weights(pipeline, self.parameters, context.progress)
+        return PassRecord(
+            name=self.name,
+            parameters=self.parameters.model_dump(mode="json"),
+            summary=_summary(rounded.layers, self.parameters),
+            seed=context.seed,
+            layers=rounded.layers,
+            skipped=rounded.skipped,
+            details={"group_size": rounded.group_sizes, "error_of": "weights"},
+            versions=_versions() | {"diffusers": version("diffusers")},
+        )
+
+    def save_pipeline(self, pipeline: Any, folder: Path) -> None:
+        """Compress the denoiser and write it over its files in a folder; see :func:`passes.quantize.denoiser.save`."""
+        from passes.quantize.quiet import quiet_libraries, require_extra
+
+        require_extra()
+        with quiet_libraries():
+            from passes.quantize import denoiser
+
+            denoiser.save(pipeline, folder)
 
 
 def _check_smoothed(model: PreTrainedModel, parameters: QuantizeParameters) -> None:

@@ -216,7 +216,7 @@ def _plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return layer.eval()
 
 
-def repack(model: PreTrainedModel, options: LoadOptions, *, head: Head = "int8") -> LoadRecord:
+def repack(model: PreTrainedModel | nn.Module, options: LoadOptions, *, head: Head = "int8") -> LoadRecord:
     """Put each compressed layer of a model that transformers has just read on the fastest kernel of its device.
 
     Layer by layer: at its peak memory holds the checkpoint and one layer. The hook that decompresses the whole model
@@ -224,8 +224,9 @@ def repack(model: PreTrainedModel, options: LoadOptions, *, head: Head = "int8")
 
     Parameters
     ----------
-    model : PreTrainedModel
-        As ``from_pretrained`` returns it, its compressed-tensors weights still as stored. Changed in place.
+    model : PreTrainedModel or torch.nn.Module
+        As ``from_pretrained`` returns it, its compressed-tensors weights still as stored. Changed in place. A model
+        that is none of transformers' has no output head to pack: ``head="keep"``.
     options : LoadOptions
         ``kernels="plain"`` decompresses every layer.
     head : str
@@ -254,12 +255,12 @@ def repack(model: PreTrainedModel, options: LoadOptions, *, head: Head = "int8")
         if not _is_compressed(module):
             continue
         if spread:
-            uses[_layer_class(names[0]), _plain_op(module), SPREAD] += 1
+            uses[layer_class(names[0]), _plain_op(module), SPREAD] += 1
             continue
         ready, kernel, reason = _ready(module, options)
         for name in names:
             model.set_submodule(name, ready)
-        uses[_layer_class(names[0]), kernel, reason] += 1
+        uses[layer_class(names[0]), kernel, reason] += 1
     hook = getattr(model, "ct_decompress_hook", None)
     if hook is not None and not spread:
         hook.remove()
@@ -281,8 +282,12 @@ def _is_compressed(module: nn.Module) -> bool:
     return scheme is not None and scheme.weights is not None and getattr(status, "value", status) == "compressed"
 
 
-def _layer_class(name: str) -> str:
-    return "experts" if ".experts." in name else name.rsplit(".", 1)[-1]
+def layer_class(name: str) -> str:
+    """Return a layer's class for reports: ``experts``, or the last part of its name that is no number."""
+    if ".experts." in name:
+        return "experts"
+    parts = name.split(".")
+    return next((part for part in reversed(parts) if not part.isdigit()), parts[-1])
 
 
 def _ready(module: Any, options: LoadOptions) -> tuple[nn.Module, str, str | None]:
@@ -462,10 +467,10 @@ def round_rows(weight: torch.Tensor, bits: int, group_size: int | None, scale_dt
 def _others(model: PreTrainedModel, known: Uses) -> Uses:
     """Count the linear layers that are stored in floating point, and an output head that was packed here."""
     uses: Uses = Counter()
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
-        if module is head and isinstance(module, Int8Linear) and not any(key[0] == _layer_class(name) for key in known):
-            uses[_layer_class(name), module.kernel, None] += 1
-        elif isinstance(module, nn.Linear) and not any(key[0] == _layer_class(name) for key in known):
-            uses[_layer_class(name), PLAIN, "it is not quantized in the file"] += 1
+        if module is head and isinstance(module, Int8Linear) and not any(key[0] == layer_class(name) for key in known):
+            uses[layer_class(name), module.kernel, None] += 1
+        elif isinstance(module, nn.Linear) and not any(key[0] == layer_class(name) for key in known):
+            uses[layer_class(name), PLAIN, "it is not quantized in the file"] += 1
     return uses

@@ -95,7 +95,7 @@ def find(model: PreTrainedModel, parameters: QuantizeParameters) -> Targets:
     from torch import nn
 
     head = model.get_output_embeddings()
-    shared = _shared_weights(model)
+    shared = shared_weights(model)
     by_name = _initialized_by_name(model) if parameters.kind.packed else frozenset()
     small = KERNEL_GROUP_SIZES[0] if parameters.kind.scales == "group" else 1
     layers: list[TargetLayer] = []
@@ -110,7 +110,7 @@ def find(model: PreTrainedModel, parameters: QuantizeParameters) -> Targets:
                 skipped.append(Skipped(name, f"{reason}; experts=skip was asked for"))
             continue
         for layer in candidates:
-            entry = _ignored_by(parameters.ignore, layer.name, module)
+            entry = ignored_by(parameters.ignore, layer.name, module)
             if entry is not None:
                 unused.discard(entry)
                 skipped.append(Skipped(layer.name, f"ignore={entry} was asked for"))
@@ -275,7 +275,7 @@ def _fused_group(name: str, model: PreTrainedModel) -> str:
     return name
 
 
-def _shared_weights(model: PreTrainedModel) -> dict[int, str]:
+def shared_weights(model: nn.Module) -> dict[int, str]:
     """Return, by id, the weights that more than one module holds, and the first module's name."""
     first: dict[int, str] = {}
     shared: dict[int, str] = {}
@@ -289,7 +289,8 @@ def _shared_weights(model: PreTrainedModel) -> dict[int, str]:
     return shared
 
 
-def _ignored_by(entries: tuple[str, ...], name: str, module: nn.Module) -> str | None:
+def ignored_by(entries: tuple[str, ...], name: str, module: nn.Module) -> str | None:
+    """Return the first entry of ``ignore`` that matches a layer, None if none does."""
     for entry in entries:
         matched = re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
         if matched or any(base.__name__ == entry for base in type(module).__mro__):

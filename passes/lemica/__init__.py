@@ -1,0 +1,315 @@
+"""LeMiCa: which sampling steps of a diffusion pipeline run in full, chosen from the model's own errors.
+
+::
+
+    pipeline ──graph.py──> ErrorGraph ──path.py──> Schedule ──hook.py──> the pipeline, skipping
+      (replay of every segment of reuse)  (lexicographic minimax)   (residual of the block stack reused)
+                                              └──reuse.py──> weights of the last residuals at each skipped step
+
+See ``docs/passes/lemica.md``.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from passes.base import MissingExtraError, PassError, PassRecord, PipelineContext, PipelinePass
+from passes.lemica.parameters import DEFAULT_SPEEDUP, LemicaParameters
+from passes.lemica.schedule import (
+    COEFFICIENTS_FILE,
+    Calibration,
+    ErrorGraph,
+    LemicaFile,
+    Schedule,
+    write,
+)
+
+if TYPE_CHECKING:
+    from passes.lemica.inputs import Sample
+    from passes.lemica.reuse import Coefficients
+    from passes.lemica.targets import Target
+
+__all__ = ["LemicaParameters", "LemicaPass"]
+
+_NAMES = {1: ("fast",), 2: ("slow", "fast"), 3: ("slow", "medium", "fast"), 4: ("slow", "medium", "fast", "fastest")}
+_UNNAMED = ("_class_name", "_diffusers_version", "_use_default_values", "_name_or_path")
+
+
+class LemicaPass(PipelinePass):
+    """Finds which sampling steps must run in full, and what stands for the others."""
+
+    name = "lemica"
+    title = "Cache schedules for diffusion pipelines"
+    papers = (
+        "LeMiCa: Lexicographic Minimax Path Caching for Efficient Diffusion-Based Video Generation, NeurIPS 2025",
+    )
+    parameters_type = LemicaParameters
+    excludes = ("lemica",)
+    files = (COEFFICIENTS_FILE,)
+    extra = "diffusion"
+    gentler = "speedup=1.5"
+
+    parameters: LemicaParameters
+    content: LemicaFile
+    coefficients: dict[str, Coefficients]
+
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Refuse a pipeline that has no denoiser whose steps can be skipped, or is not called as the parameters say.
+
+        Raises
+        ------
+        PassError
+        """
+        from passes.lemica import inputs, targets
+
+        given = self.parameters
+        targets.find(pipeline, given.mode)
+        targets.check_steps(given.steps)
+        inputs.check_arguments(pipeline, given.arguments())
+        if given.published is not None:
+            _published(pipeline, given.published, given.steps)
+        for budget in self._budgets(given.steps):
+            _smallest_gap(given.steps, budget, given.max_gap)
+        if given.prompts is not None:
+            inputs.read_conditions(pipeline, given.prompts)
+
+    def apply_pipeline(self, pipeline: Any, context: PipelineContext) -> PassRecord:
+        """Calibrate, choose the schedules, and fit what stands for skipped steps."""
+        from passes.lemica import targets
+
+        given = self.parameters
+        target = targets.find(pipeline, given.mode)
+        if given.published is not None:
+            self.content, self.coefficients = self._published(pipeline, target), {}
+            samples: tuple[Sample, ...] = ()
+            fitted: dict[str, Any] = {}
+        else:
+            samples = self.calibration_samples(pipeline, context.seed, given.samples)
+            graph = self._graph(pipeline, samples, context)
+            schedules = self._schedules(graph)
+            self.coefficients, fitted = self._fit(pipeline, target, schedules, context)
+            self.content = LemicaFile(
+                schedules=schedules,
+                default=schedules[0].name,
+                calibration=self._calibration(pipeline, target, samples),
+                graph=graph,
+            )
+        return self._record(target, samples, fitted, context)
+
+    def save_pipeline(self, pipeline: Any, folder: Path) -> None:
+        """Write ``lemica.json``, and ``lemica.safetensors`` where something was fitted."""
+        from passes.lemica import reuse
+
+        write(folder, self.content)
+        reuse.write(folder, self.coefficients)
+
+    def calibration_samples(self, pipeline: Any, seed: int, count: int) -> tuple[Sample, ...]:
+        """Return ``count`` samples to calibrate on; fewer are the first of more."""
+        from passes.lemica import inputs
+
+        given = self.parameters
+        conditions = None if given.prompts is None else inputs.read_conditions(pipeline, given.prompts)
+        return inputs.calibration_samples(pipeline, count, seed=seed, conditions=conditions)
+
+    def _budgets(self, steps: int) -> tuple[int, ...]:
+        """Return the full steps that are asked for, most first; empty where the graph or the authors decide."""
+        from passes.lemica import path
+
+        given = self.parameters
+        if given.max_error is not None or given.published is not None:
+            return ()
+        if given.budgets is not None:
+            return tuple(sorted(given.budgets, reverse=True))
+        if given.budget is not None:
+            return (given.budget,)
+        return (path.for_speedup(steps, given.speedup or DEFAULT_SPEEDUP),)
+
+    def _graph(self, pipeline: Any, samples: tuple[Sample, ...], context: PipelineContext) -> ErrorGraph:
+        from passes.lemica import graph
+
+        given = self.parameters
+        return graph.build(
+            pipeline,
+            samples,
+            steps=given.steps,
+            max_gap=given.max_gap,
+            arguments=given.arguments(),
+            work=context.work,
+            distance=given.distance,
+            mode=given.mode,
+            batch=given.batch,
+            progress=context.progress,
+        )
+
+    def _schedules(self, graph: ErrorGraph) -> tuple[Schedule, ...]:
+        from passes.lemica import path
+
+        given = self.parameters
+        weights = graph.weights()
+        budgets = self._budgets(graph.steps)
+        if given.max_error is not None:
+            budgets = (path.smallest_budget(graph.steps, weights, given.max_error),)
+        names = _NAMES.get(len(budgets), tuple(f"b{budget}" for budget in budgets))
+        solve = path.SOLVERS[given.path]
+        schedules = []
+        for name, budget in zip(names, budgets, strict=True):
+            full = solve(graph.steps, weights, budget)
+            schedules.append(
+                Schedule(
+                    name=name,
+                    steps=graph.steps,
+                    full=full,
+                    reuse=given.reuse,
+                    errors=path.segment_errors(full, weights),
+                    origin=f"calibrated: {given.path} path over {len(graph.errors[0])} samples",
+                )
+            )
+        return tuple(schedules)
+
+    def _fit(
+        self,
+        pipeline: Any,
+        target: Target,
+        schedules: tuple[Schedule, ...],
+        context: PipelineContext,
+    ) -> tuple[dict[str, Coefficients], dict[str, Any]]:
+        """Return the coefficients of each schedule, and what share of a residual's power they leave on average."""
+        if self.parameters.reuse != "fitted":
+            return {}, {}
+        samples = self.calibration_samples(pipeline, context.seed, self.parameters.fit_samples)
+        found: dict[str, Coefficients] = {}
+        left: dict[str, Any] = {}
+        with context.progress.task("fitting reuse", total=len(schedules)) as task:
+            for schedule in schedules:
+                found[schedule.name], left[schedule.name] = fitted_on(
+                    pipeline,
+                    target,
+                    samples,
+                    schedule,
+                    steps=self.parameters.steps,
+                    arguments=self.parameters.arguments(),
+                )
+                task.advance()
+        return found, left
+
+    def _published(self, pipeline: Any, target: Target) -> LemicaFile:
+        assert self.parameters.published is not None
+        schedule = _published(pipeline, self.parameters.published, self.parameters.steps)
+        return LemicaFile(
+            schedules=(schedule,), default=schedule.name, calibration=self._calibration(pipeline, target, ())
+        )
+
+    def _calibration(self, pipeline: Any, target: Target, samples: tuple[Sample, ...]) -> Calibration:
+        return Calibration(
+            pipeline=type(pipeline).__name__,
+            denoiser=architecture(pipeline, target),
+            scheduler=type(pipeline.scheduler).__name__,
+            scheduler_config=scheduler_config(pipeline),
+            mode=target.mode,
+            inference_steps=self.parameters.steps,
+            inputs=tuple(str(sample.condition) for sample in samples),
+            seeds=tuple(sample.seed for sample in samples),
+            arguments=self.parameters.arguments(),
+            versions=_versions(),
+        )
+
+    def _record(
+        self, target: Target, samples: tuple[Sample, ...], fitted: dict[str, Any], context: PipelineContext
+    ) -> PassRecord:
+        content = self.content
+        shown = ", ".join(f"{item.name}: {item.budget} of {item.steps} steps in full" for item in content.schedules)
+        notes = []
+        if content.graph is not None:
+            notes.append(
+                f"the graph cost {content.graph.equivalent_runs:.0f} full runs a sample; "
+                f"{len(content.graph.edges)} if each segment were run from the start"
+            )
+        return PassRecord(
+            name=self.name,
+            parameters=self.parameters.model_dump(mode="json"),
+            summary=shown,
+            seed=context.seed,
+            notes=tuple(notes),
+            details={
+                "denoisers": list(target.denoisers),
+                "mode": target.mode,
+                "samples": len(samples),
+                "share_of_residual_left": fitted,
+            },
+            versions=_versions(),
+        )
+
+
+def fitted_on(
+    pipeline: Any,
+    target: Target,
+    samples: tuple[Sample, ...],
+    schedule: Schedule,
+    *,
+    steps: int,
+    arguments: dict[str, Any],
+) -> tuple[Coefficients, float]:
+    """Fit the coefficients of a schedule to calibration samples, by one run in full.
+
+    Returns
+    -------
+    coefficients : Coefficients
+    left : float
+        Share of the power of skipped residuals that the combinations leave, the mean over skipped steps.
+    """
+    from passes.lemica import hook, inputs, reuse
+
+    fitting = reuse.Fitting(schedule, target.mode)
+    with hook.attach(pipeline, fitting, mode=target.mode):
+        inputs.generate(pipeline, samples, steps=steps, arguments=arguments, output="latent")
+    errors = list(fitting.errors.values())
+    return reuse.Coefficients(dict(fitting.weights)), sum(errors) / len(errors) if errors else 0.0
+
+
+def architecture(pipeline: Any, target: Target) -> str:
+    """Return the class of a pipeline's (first) denoiser."""
+    from passes.lemica import targets
+
+    return type(targets.denoiser(pipeline, target.denoisers[0])).__name__
+
+
+def scheduler_config(pipeline: Any) -> dict[str, Any]:
+    """Return the configuration of a pipeline's scheduler, without what names files and versions."""
+    return {key: value for key, value in sorted(dict(pipeline.scheduler.config).items()) if key not in _UNNAMED}
+
+
+def _published(pipeline: Any, name: str, steps: int) -> Schedule:
+    """Return a published schedule.
+
+    Raises
+    ------
+    PassError
+        If there is none of that name, or it is for another class of pipeline or number of steps.
+    """
+    from passes.lemica import published
+
+    schedule = published.find(name)
+    wanted = published.PUBLISHED[name].pipeline
+    if type(pipeline).__name__ != wanted:
+        raise PassError(f"schedule '{name}' was published for {wanted}, and this is {type(pipeline).__name__}")
+    if schedule.steps != steps:
+        raise PassError(f"schedule '{name}' was published for {schedule.steps} steps; give steps={schedule.steps}")
+    return schedule
+
+
+def _smallest_gap(steps: int, budget: int, max_gap: int) -> None:
+    """Refuse a gap with which no path of this many full steps exists."""
+    needed = -(-(steps - 1) // (budget - 1))
+    if max_gap < needed:
+        raise PassError(
+            f"max_gap={max_gap} is too small for {budget} full steps of {steps}; the smallest that works is {needed}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    try:
+        return {name: version(name) for name in ("effcli", "torch", "diffusers")}
+    except ImportError:
+        raise MissingExtraError("pass 'lemica' needs diffusers: pip install 'effcli[diffusion]'") from None
