@@ -16,6 +16,8 @@ from typing import Any
 from effcli.formatting import printable
 
 Report = dict[str, Any]
+SEE_PAGE = "To see them: effcli report FILE --format html -o page.html"
+"""What renderings of text say of pictures."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,38 @@ class Code:
     text: str
 
 
-Block = Table | Facts | HeatMap | Chart | Code
+@dataclass(frozen=True)
+class Picture:
+    """Pictures of one size in rows and columns, in one file; renderings of text say where to see them.
+
+    Attributes
+    ----------
+    title : str
+    rows, columns : tuple of str
+        What each row and each column shows; at least one of each.
+    cell_pixels : tuple of int
+        Width and height of one picture.
+    png_base64 : str
+        All of them in reading order, without gaps.
+    notes : tuple of str
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cell_pixels: tuple[int, int]
+    png_base64: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def alternative(self) -> str:
+        """The words that stand for the pictures where they cannot be seen."""
+        count = len(self.rows) * len(self.columns)
+        of = f"{len(self.columns)} {'picture' if len(self.columns) == 1 else 'pictures'} each"
+        return f"{count} pictures in {len(self.rows)} rows, {of}: {'; '.join(self.rows)}."
+
+
+Block = Table | Facts | HeatMap | Chart | Code | Picture
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from typing import Any
 
 from effcli.formatting import printable
 from effcli.reports import charts
-from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Report, Table, tone
+from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Picture, Report, Table, tone
 from effcli.reports.documents import document
 from effcli.reports.documents.base import Document
 
 BOUNDS = ("memory", "compute", "overhead")
+SHEET_PIXELS = 800  # for all columns of pictures together
+CELL_PIXELS = (88, 208)  # least and most for one picture
 
 
 def to_html(report: Report) -> str:
@@ -26,6 +28,8 @@ def to_html(report: Report) -> str:
     environment.tests["facts"] = lambda block: isinstance(block, Facts)
     environment.tests["heat_map"] = lambda block: isinstance(block, HeatMap)
     environment.tests["code"] = lambda block: isinstance(block, Code)
+    environment.tests["picture"] = lambda block: isinstance(block, Picture)
+    environment.filters["shown_pixels"] = shown_pixels
     environment.filters["tone"] = tone
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     shown = document(report)
@@ -48,6 +52,17 @@ def to_html(report: Report) -> str:
         raw=Markup(embedded_json(report)),  # noqa: S704 (escaped by embedded_json)
     )
     return page
+
+
+def shown_pixels(picture: Picture) -> tuple[int, int]:
+    """Return the width and height in CSS pixels that each cell is shown at: small pictures are enlarged.
+
+    The wider side gets what the page's width leaves to each column, within ``CELL_PIXELS``.
+    """
+    low, high = CELL_PIXELS
+    width, height = picture.cell_pixels
+    longest = min(high, max(low, SHEET_PIXELS // len(picture.columns)))
+    return max(1, round(longest * width / max(width, height))), max(1, round(longest * height / max(width, height)))
 
 
 def embedded_json(report: Report) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports.blocks import Block, Chart, Code, Facts, HeatMap, Report, Section, Table
+from effcli.reports.blocks import SEE_PAGE, Block, Chart, Code, Facts, HeatMap, Picture, Report, Section, Table
 from effcli.reports.documents import document
 from effcli.reports.shades import SHADES, downsample, shade
 
@@ -63,6 +63,10 @@ def _block(block: Block) -> Iterator[str]:
         yield from _heat_map(block)
     elif isinstance(block, Code):
         yield from fenced(block.text, block.language)
+    elif isinstance(block, Picture):
+        yield escape(f"{block.alternative} {SEE_PAGE}")
+        yield ""
+        yield from _notes(block.notes)
     elif isinstance(block, Facts):
         for name, value in block.pairs:
             yield f"- {escape(name)}: {escape(value)}"

@@ -19,7 +19,17 @@ OPTIMIZE_SCHEMA = "effcli.optimize/1"
 PLAN_SCHEMA = "effcli.plan/1"
 EVAL_SCHEMA = "effcli.eval/1"
 COMPARE_SCHEMA = "effcli.compare/1"
-SCHEMAS = (PROFILE_SCHEMA, OPTIMIZE_SCHEMA, PLAN_SCHEMA, EVAL_SCHEMA, COMPARE_SCHEMA)
+PIPELINE_PROFILE_SCHEMA = "effcli.pipeline-profile/1"
+PIPELINE_OPTIMIZE_SCHEMA = "effcli.pipeline-optimize/1"
+SCHEMAS = (
+    PROFILE_SCHEMA,
+    OPTIMIZE_SCHEMA,
+    PLAN_SCHEMA,
+    EVAL_SCHEMA,
+    COMPARE_SCHEMA,
+    PIPELINE_PROFILE_SCHEMA,
+    PIPELINE_OPTIMIZE_SCHEMA,
+)
 REPORT_FILE = "report.json"
 """What a checkpoint folder calls its report."""
 

@@ -1,6 +1,6 @@
 """The JSON Schemas of saved reports, generated from the dataclasses that they are made of.
 
-Regenerate with ``python docs/generate.py``; print one with ``python -m effcli.reports.schema profile|optimize|plan``.
+Regenerate with ``python docs/generate.py``; print one with ``python -m effcli.reports.schema NAME``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,13 @@ import json
 import sys
 from typing import Any
 
-from effcli.reports.model import OPTIMIZE_SCHEMA, PLAN_SCHEMA, PROFILE_SCHEMA
+from effcli.reports.model import (
+    OPTIMIZE_SCHEMA,
+    PIPELINE_OPTIMIZE_SCHEMA,
+    PIPELINE_PROFILE_SCHEMA,
+    PLAN_SCHEMA,
+    PROFILE_SCHEMA,
+)
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -55,6 +61,39 @@ PLAN_CONTRACT: dict[str, tuple[str, ...]] = {
     "ModelInfo": PROFILE_CONTRACT["ModelInfo"],
     "Environment": PROFILE_CONTRACT["Environment"],
     "Peaks": PROFILE_CONTRACT["Peaks"],
+}
+PIPELINE_PROFILE_CONTRACT: dict[str, tuple[str, ...]] = {
+    "PipelineProfileReport": ("schema", "pipeline", "environment", "steps", "denoising", "error_map"),
+    "PipelineInfo": ("source", "architecture", "denoiser", "mode", "scheduler"),
+    "DenoisingResult": (
+        *("steps", "run_seconds", "step_seconds", "call_seconds", "denoiser_calls", "denoiser_seconds"),
+        *("denoiser_share", "blocks_share", "cost"),
+    ),
+    "CallCost": ("flops", "bytes", "flops_per_byte", "bound"),
+    "Distribution": PROFILE_CONTRACT["Distribution"],
+    "ErrorGraph": ("steps", "max_gap", "edges", "errors", "distance"),
+    "Environment": PROFILE_CONTRACT["Environment"],
+    "Peaks": PROFILE_CONTRACT["Peaks"],
+}
+PIPELINE_OPTIMIZE_CONTRACT: dict[str, tuple[str, ...]] = {
+    **{name: keys for name, keys in PIPELINE_PROFILE_CONTRACT.items() if name != "PipelineProfileReport"},
+    "PipelineOptimizeReport": (
+        *("schema", "status", "pipeline", "environment", "steps", "denoising", "passes", "lemica", "schedules"),
+        *("comparison", "sheets", "gates"),
+    ),
+    "LemicaFile": ("schedules", "default", "calibration", "graph"),
+    "Schedule": ("name", "steps", "full", "reuse"),
+    "Calibration": ("scheduler", "inputs", "seeds"),
+    "ScheduleResult": (
+        *("name", "steps", "full", "full_calls", "calls", "run_seconds_before", "run_seconds_after"),
+        *("denoiser_seconds_before", "denoiser_seconds_after", "likeness"),
+    ),
+    "Likeness": ("samples", "psnr_db", "ssim", "lpips", "lpips_reason", "latent_l1"),
+    "Spread": ("mean", "low", "high"),
+    "ComparisonRow": ("method", "budget", "full_calls", "full", "likeness", "chosen", "reason"),
+    "Sheet": ("rows", "columns", "cell_pixels", "png_base64"),
+    "PassRecord": OPTIMIZE_CONTRACT["PassRecord"],
+    "GateResult": OPTIMIZE_CONTRACT["GateResult"],
 }
 
 
@@ -150,7 +189,43 @@ def plan_schema() -> dict[str, Any]:
     return definitions.finished("PlanReport", PLAN_CONTRACT)
 
 
-SCHEMA_MAKERS = {"profile": profile_schema, "optimize": optimize_schema, "plan": plan_schema}
+def pipeline_profile_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.pipeline-profile/1``: the same rules."""
+    from effcli.reports.pipeline_model import PipelineProfileReport
+    from passes.lemica.schedule import ErrorGraph
+    from profilers.denoising import DenoisingResult
+
+    definitions = _Definitions()
+    definitions.reference(PipelineProfileReport)
+    properties = definitions.found["PipelineProfileReport"]["properties"]
+    properties["schema"] = {"const": PIPELINE_PROFILE_SCHEMA}
+    properties["denoising"] = definitions.optional(DenoisingResult)
+    properties["error_map"] = definitions.optional(ErrorGraph)
+    return definitions.finished("PipelineProfileReport", PIPELINE_PROFILE_CONTRACT)
+
+
+def pipeline_optimize_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.pipeline-optimize/1``: the same rules."""
+    from effcli.reports.pipeline_model import PipelineOptimizeReport
+    from passes.lemica.schedule import LemicaFile
+    from profilers.denoising import DenoisingResult
+
+    definitions = _Definitions()
+    definitions.reference(PipelineOptimizeReport)
+    properties = definitions.found["PipelineOptimizeReport"]["properties"]
+    properties["schema"] = {"const": PIPELINE_OPTIMIZE_SCHEMA}
+    properties["denoising"] = definitions.optional(DenoisingResult)
+    properties["lemica"] = definitions.reference(LemicaFile)
+    return definitions.finished("PipelineOptimizeReport", PIPELINE_OPTIMIZE_CONTRACT)
+
+
+SCHEMA_MAKERS = {
+    "profile": profile_schema,
+    "optimize": optimize_schema,
+    "plan": plan_schema,
+    "pipeline-profile": pipeline_profile_schema,
+    "pipeline-optimize": pipeline_optimize_schema,
+}
 
 
 def _require_contract(definitions: dict[str, Any], contract: dict[str, tuple[str, ...]]) -> None:
@@ -168,7 +243,8 @@ def _require_contract(definitions: dict[str, Any], contract: dict[str, tuple[str
 
 
 def _tidy(definition: dict[str, Any]) -> None:
-    """Keep the first sentence of a docstring; drop titles that only repeat the name."""
+    """Keep the first sentence of a docstring; drop titles that only repeat the name, and refusals of more fields."""
+    definition.pop("additionalProperties", None)
     for property_ in definition["properties"].values():
         property_.pop("title", None)
     definition.pop("title", None)
@@ -177,7 +253,7 @@ def _tidy(definition: dict[str, Any]) -> None:
 
 
 def schema_text(report: str = "profile") -> str:
-    """Return a schema as the text that is checked in: of ``profile``, ``optimize`` or ``plan``."""
+    """Return a schema as the text that is checked in; ``report`` is a name of ``SCHEMA_MAKERS``."""
     return json.dumps(SCHEMA_MAKERS[report](), indent=2, ensure_ascii=False) + "\n"
 
 

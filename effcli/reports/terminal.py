@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from effcli import formatting as fmt
-from effcli.reports.blocks import Block, Chart, Code, Facts, HeatMap, Report, Section, Table, tone
+from effcli.reports.blocks import SEE_PAGE, Block, Chart, Code, Facts, HeatMap, Picture, Report, Section, Table, tone
 from effcli.reports.documents import document
 from effcli.reports.shades import SHADES, Grid, downsample, shade
 
@@ -80,7 +80,9 @@ def _block(block: Block, width: int) -> Iterator[RenderableType]:
     if isinstance(block, Code):
         yield Padding(Text(block.text, overflow="fold"), (0, INDENT))
         return
-    if isinstance(block, Facts):
+    if isinstance(block, Picture):
+        yield Padding(Text(f"{block.alternative} {SEE_PAGE}"), (0, INDENT))
+    elif isinstance(block, Facts):
         grid = RichTable.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")

@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from effcli.reports.blocks import Report
-from effcli.reports.documents import compare, evaluation, optimize, plan, profile
+from effcli.reports.documents import (
+    compare,
+    evaluation,
+    optimize,
+    pipeline_optimize,
+    pipeline_profile,
+    plan,
+    profile,
+)
 from effcli.reports.documents.base import Document
-from effcli.reports.model import COMPARE_SCHEMA, EVAL_SCHEMA, OPTIMIZE_SCHEMA, PLAN_SCHEMA
+from effcli.reports.model import (
+    COMPARE_SCHEMA,
+    EVAL_SCHEMA,
+    OPTIMIZE_SCHEMA,
+    PIPELINE_OPTIMIZE_SCHEMA,
+    PIPELINE_PROFILE_SCHEMA,
+    PLAN_SCHEMA,
+)
 
 BUILDERS: dict[str, Callable[[Report], Document]] = {
     OPTIMIZE_SCHEMA: optimize.document,
     PLAN_SCHEMA: plan.document,
     EVAL_SCHEMA: evaluation.document,
     COMPARE_SCHEMA: compare.document,
+    PIPELINE_PROFILE_SCHEMA: pipeline_profile.document,
+    PIPELINE_OPTIMIZE_SCHEMA: pipeline_optimize.document,
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from effcli.reports.render import render
 
-from . import optimize_samples, samples
+from . import optimize_samples, pipeline_examples, samples
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -56,6 +56,9 @@ addEventListener("load", () => {
     })),
     cards: sizes(".card").length,
     tables: sizes("table"),
+    images: [...page.querySelectorAll("img")].map(image => [image.naturalWidth, ...sizes("img")[0]]),
+    heads: sizes(".sheet .heads span"),
+    sides: sizes(".sheet .sides span"),
     overflow: view.scrollWidth - view.clientWidth,
     font: getComputedStyle(page.body).fontFamily,
     background: getComputedStyle(page.body).backgroundColor,
@@ -165,6 +168,28 @@ def test_optimize_and_plan_pages_fit_and_are_silent(name: str, width: int, tmp_p
         assert set(measured["charts"]) == {"changes", "layers-0", "roofline-pair", "sinks-0", "sinks-1"}
         assert measured["charts"]["roofline-pair"]["marks"] == 4
         assert measured["charts"]["layers-0"]["cells"] == samples.LAYERS * 7 + 1 + 10  # and the colour scale
+
+
+@pytest.mark.parametrize("name", [*pipeline_examples.OPTIMIZED, *pipeline_examples.PROFILED])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_pages_of_pipelines_fit_and_are_silent(name: str, width: int, tmp_path: Path) -> None:
+    build: Any = {**pipeline_examples.OPTIMIZED, **pipeline_examples.PROFILED}[name]
+    measured, seen = probe(saved(build(), tmp_path), tmp_path, width)
+    assert seen.console == [] and seen.requests == []
+    assert measured["overflow"] == 0
+    for chart, drawn in measured["charts"].items():
+        left, top, right, bottom = drawn["drawing"]
+        assert left >= -1 and top >= -1, f"{chart} is cut at the left or the top"
+        assert right <= drawn["view"][0] + 1 and bottom <= drawn["view"][1] + 1, f"{chart} is cut"
+    if name == "pipeline":
+        assert set(measured["charts"]) == {"psnr", "error-map", "strips", "denoiser-roofline"}
+        assert measured["charts"]["error-map"]["cells"] == 315 + 10  # and the colour scale
+        assert measured["charts"]["psnr"]["curves"] == 8 * 2  # and the legend
+        ((natural, shown, tall),) = measured["images"]
+        assert (natural, shown, tall) == (8 * 32, 800, 500)
+        assert len(measured["heads"]) == 8 and len(measured["sides"]) == 5
+        # Labels lie beside and above their pictures.
+        assert all(abs(wide - 100) < 1 for wide, _ in measured["heads"])
 
 
 def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from effcli.reports.model import read_report
 from effcli.reports.schema import SCHEMA_MAKERS, profile_schema, schema_text
 
-from . import optimize_samples, samples
+from . import optimize_samples, pipeline_examples, samples
 
 SCHEMAS = Path(__file__).parents[3] / "docs" / "schema"
 REPORTS = {
@@ -142,9 +142,17 @@ def made() -> dict[str, dict[str, Any]]:
     return {name: make() for name, make in SCHEMA_MAKERS.items()}
 
 
-@pytest.mark.parametrize("name", [*optimize_samples.OPTIMIZED, *optimize_samples.PLANS])
-def test_optimize_and_plan_reports_are_valid(name: str, made: dict[str, dict[str, Any]]) -> None:
-    report = {**optimize_samples.OPTIMIZED, **optimize_samples.PLANS}[name]().to_dict()
+EXAMPLES: dict[str, Any] = {
+    **optimize_samples.OPTIMIZED,
+    **optimize_samples.PLANS,
+    **pipeline_examples.OPTIMIZED,
+    **pipeline_examples.PROFILED,
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_reports_of_other_commands_are_valid(name: str, made: dict[str, dict[str, Any]]) -> None:
+    report = EXAMPLES[name]().to_dict()
     schema = made[report["schema"].removeprefix("effcli.").removesuffix("/1")]
     jsonschema.Draft202012Validator.check_schema(schema)
     validate(json.loads(json.dumps(report)), schema)
@@ -186,3 +194,37 @@ def test_an_optimize_report_with_a_wrong_type_fails(path: str, value: Any, made:
     parent[key] = value
     with pytest.raises(jsonschema.ValidationError):
         validate(broken, made["optimize"])
+
+
+# Spelled out from the published contract, not read from the schema.
+PIPELINE_PATHS = {
+    "pipeline_profile": [
+        *["schema", "pipeline", "environment", "steps", "denoising", "error_map", "denoising.denoiser_share"],
+        *["denoising.cost.flops_per_byte", "pipeline.scheduler", "error_map.edges", "error_map.errors"],
+    ],
+    "pipeline": [
+        *["schema", "status", "lemica", "schedules", "comparison", "sheets", "lemica.default", "lemica.graph.max_gap"],
+        *["schedules.0.full", "schedules.0.likeness.lpips_reason", "schedules.0.likeness.latent_l1.mean"],
+        *["comparison.0.method", "comparison.0.reason", "sheets.0.png_base64", "lemica.calibration.scheduler"],
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, paths in PIPELINE_PATHS.items() for path in paths])
+def test_a_report_of_a_pipeline_without_a_contract_key_fails(
+    name: str, path: str, made: dict[str, dict[str, Any]]
+) -> None:
+    broken = copy.deepcopy(EXAMPLES[name]().to_dict())
+    schema = made[broken["schema"].removeprefix("effcli.").removesuffix("/1")]
+    validate(broken, schema)
+    parent, key = parent_of(broken, path)
+    del parent[key]
+    assert f"'{key}' is a required property" in every_message(
+        jsonschema.Draft202012Validator(schema).iter_errors(broken)
+    )
+
+
+def test_fields_may_be_added_to_what_lemica_refuses_to_read(made: dict[str, dict[str, Any]]) -> None:
+    report = pipeline_examples.optimized().to_dict()
+    report["lemica"]["later"] = report["lemica"]["schedules"][0]["later"] = 1
+    validate(report, made["pipeline-optimize"])
