@@ -37,7 +37,7 @@ GENERATED = {
     DOCS / "cli.md": cli_reference,
     **{
         DOCS / "schema" / f"effcli.{report}-1.schema.json": partial(schema, report)
-        for report in ("profile", "optimize", "plan")
+        for report in ("profile", "optimize", "plan", "pipeline-profile", "pipeline-optimize")
     },
 }
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effcli.api import load, load_report, profile
+    from effcli.diffusion.loading import load_pipeline
+    from effcli.diffusion.profile import profile_pipeline
     from effcli.pipeline import optimize
     from effcli.planning import plan
     from effcli.recipes import Recipe
@@ -26,15 +28,19 @@ __all__ = [
     "__version__",
     "depth_batched",
     "load",
+    "load_pipeline",
     "load_report",
     "optimize",
     "plan",
     "profile",
+    "profile_pipeline",
 ]
 
 _LAZY = {
     "profile": "effcli.api",
     "load": "effcli.api",
+    "load_pipeline": "effcli.diffusion.loading",
+    "profile_pipeline": "effcli.diffusion.profile",
     "load_report": "effcli.api",
     "optimize": "effcli.pipeline",
     "plan": "effcli.planning",

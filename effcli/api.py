@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from effcli.diffusion.opening import OpenedPipeline
     from effcli.loading import LoadedModel
     from profilers.peaks import Peaks
 
@@ -118,7 +119,8 @@ def profile(
     Parameters
     ----------
     model : str, Path, PreTrainedModel or LoadedModel
-        A source as on the command line, or a live model, which is measured where it is and left as it was.
+        A source as on the command line, or a live model, which is measured where it is and left as it was. Diffusion
+        pipelines are for :func:`effcli.profile_pipeline`.
     tokenizer : PreTrainedTokenizerBase, optional
         For a live model; sources bring their own.
     only : sequence of str, optional
@@ -179,7 +181,10 @@ def profile(
         first: Peaks | None = None
         if isinstance(model, (str, Path)):
             from effcli import loading, sources
+            from effcli.diffusion.opening import is_pipeline
 
+            if is_pipeline(str(model)):
+                raise BadInputError(f"'{model}' is a diffusers pipeline; profile it with effcli.profile_pipeline")
             loading.check_dtype_name(dtype)
             chosen, _ = loading.choose_device(device)  # a wrong name is said before anything is fetched
             trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
@@ -343,7 +348,7 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
     )
 
 
-def environment_of(loaded: LoadedModel, peaks: Peaks | None) -> Environment:
+def environment_of(loaded: LoadedModel | OpenedPipeline, peaks: Peaks | None) -> Environment:
     """Return the device and software that a loaded model is measured on, as reports say it."""
     import torch
 

@@ -76,6 +76,20 @@ METRICS = {
 }
 
 
+PIPELINE_METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("psnr", "PSNR against all steps, in dB", compared=False),
+        Metric("ssim", "SSIM against all steps", compared=False),
+        Metric("lpips", "LPIPS against all steps", compared=False),
+        Metric("latent_l1", "difference of the final latents", compared=False),
+        Metric("time", "time of a run", seconds),
+        Metric("denoiser_time", "time of the denoiser in a run", seconds),
+    )
+}
+"""Of a diffusion pipeline and the schedule that it follows by default."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """One parsed gate.
@@ -99,8 +113,8 @@ class Gate:
     kind: Kind
 
 
-def parse(text: str) -> Gate:
-    """Parse one gate.
+def parse(text: str, known: Mapping[str, Metric] = METRICS) -> Gate:
+    """Parse one gate on the metrics that are ``known``.
 
     Raises
     ------
@@ -111,14 +125,14 @@ def parse(text: str) -> Gate:
     if found is None:
         raise BadInputError(
             f"gate '{text}' is not METRIC OP LIMIT; write e.g. 'ppl<=+3%', 'size<=0.5x' or 'kl<=0.05' "
-            f"(metrics: {', '.join(METRICS)})"
+            f"(metrics: {', '.join(known)})"
         )
     name, op, sign, digits, exponent, unit = found.groups()
-    metric = METRICS.get(name.lower())
+    metric = known.get(name.lower())
     if metric is None:
         raise BadInputError(
-            f"gate '{text}' names the unknown metric '{name}'{did_you_mean(name.lower(), METRICS)}; "
-            f"known: {', '.join(METRICS)}"
+            f"gate '{text}' names the unknown metric '{name}'{did_you_mean(name.lower(), known)}; "
+            f"known: {', '.join(known)}"
         )
     number = float(f"{sign}{digits}{exponent or ''}")
     if unit == "%":
@@ -145,6 +159,7 @@ def evaluate(
     before: Mapping[str, float | None],
     after: Mapping[str, float | None],
     reasons: Mapping[str, str],
+    known: Mapping[str, Metric] = METRICS,
 ) -> tuple[GateResult, ...]:
     """Hold every gate against what was measured.
 
@@ -155,17 +170,22 @@ def evaluate(
         By metric.
     reasons : mapping of str to str
         Why a metric was not measured, by metric.
+    known : mapping of str to Metric
+        As for :func:`parse`.
 
     Returns
     -------
     tuple of GateResult
         One a gate, in order. A metric that was not measured fails its gate.
     """
-    return tuple(_evaluate(gate, before.get(gate.metric), after.get(gate.metric), reasons) for gate in gates)
+    return tuple(
+        _evaluate(gate, known[gate.metric], before.get(gate.metric), after.get(gate.metric), reasons) for gate in gates
+    )
 
 
-def _evaluate(gate: Gate, before: float | None, after: float | None, reasons: Mapping[str, str]) -> GateResult:
-    metric = METRICS[gate.metric]
+def _evaluate(
+    gate: Gate, metric: Metric, before: float | None, after: float | None, reasons: Mapping[str, str]
+) -> GateResult:
     missing = None
     if after is None or (gate.kind != "value" and before is None):
         when = "" if after is None else " before"

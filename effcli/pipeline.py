@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from effcli import assembly, measuring, planning, provenance, worker
 from effcli import dry_run as dry_runs
 from effcli.audit import audit
+from effcli.diffusion.opening import is_pipeline
 from effcli.disk import free_bytes
 from effcli.dry_run import DryRun as DryRun
 from effcli.dry_run import disk_needed
-from effcli.errors import InterruptedRunError, NoRoomError
+from effcli.errors import BadInputError, InterruptedRunError, NoRoomError
 from effcli.formatting import data_size
 from effcli.preflight import Job, Options, check_saved_profile, prepare, source_as_json
 from effcli.recipes import Recipe
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from effcli.loading import LoadedModel
+    from effcli.reports.pipeline_model import PipelineOptimizeReport
     from profilers.base import Progress
 
 GPU_SHARE_FOR_PASS = 0.5
@@ -71,7 +73,7 @@ def optimize(
     progress: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
     command: str | None = None,
-) -> OptimizeReport | DryRun:
+) -> OptimizeReport | PipelineOptimizeReport | DryRun:
     """Apply a recipe's passes to a model, verify what was written, and publish it with its before/after report.
 
     Parameters
@@ -110,7 +112,7 @@ def optimize(
 
     Returns
     -------
-    OptimizeReport or DryRun
+    OptimizeReport, PipelineOptimizeReport (of a diffusers pipeline) or DryRun
 
     Raises
     ------
@@ -128,6 +130,14 @@ def optimize(
         device, dtype, revision, allow_pickle, trust_remote_code, resume, force, kernels, compile, context, batch,
         command,
     )  # fmt: skip
+    if is_pipeline(model):
+        from effcli.diffusion.run import optimize_pipeline
+
+        if before is not None:
+            raise BadInputError("a saved profile is of a language model, and a pipeline is given; leave --profile out")
+        return optimize_pipeline(
+            model, recipe, Path(output), options, dry_run=dry_run, progress=shown, on_warning=on_warning
+        )
     times = Times()
     with contextlib.ExitStack() as stack:
         # Started first: it imports while this process checks.

@@ -1,4 +1,4 @@
-"""Keep transformers from writing to the terminal while it loads, and show its progress as ours."""
+"""Keep transformers and diffusers from writing to the terminal, and show the progress of transformers as ours."""
 
 from __future__ import annotations
 
@@ -61,4 +61,22 @@ def quiet_transformers(progress: Progress | None = None) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+@contextlib.contextmanager
+def quiet_diffusers(progress: Progress | None = None) -> Iterator[None]:
+    """Do what :func:`quiet_transformers` does, and silence the logs and bars of diffusers as well.
+
+    diffusers must be installed. The bar of a pipeline's own call is its own: ``pipeline.set_progress_bar_config``.
+    """
+    from diffusers.utils import logging as diffusers_logging
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_transformers(progress))
+        stack.callback(diffusers_logging.set_verbosity, diffusers_logging.get_verbosity())
+        diffusers_logging.set_verbosity_error()
+        if diffusers_logging.is_progress_bar_enabled():
+            stack.callback(diffusers_logging.enable_progress_bar)
+            diffusers_logging.disable_progress_bar()
         yield

@@ -6,7 +6,7 @@
                       │          └─ model_index.json  -> diffusers
                       ├─ *.gguf                       -> gguf
                       └─ *.json with a model_type     -> config
-    a built-in name ─────────────────────────────────> builtin
+    a built-in name ─────────────────────────────────> builtin (or diffusers)
     NAME or ORG/NAME ────────────────────────────────> hub (or diffusers)
 
 Weights are safetensors or GGUF; pickles and code that comes with a checkpoint are refused unless asked for.
@@ -28,7 +28,7 @@ from effcli.errors import SourceError, did_you_mean
 if TYPE_CHECKING:
     from profilers.base import Progress
 
-PIPELINE_NOTE = "a diffusers pipeline: recognized, profiling pipelines is not supported yet"
+PIPELINE_NOTE = "a diffusers pipeline: 'effcli profile' and 'effcli optimize' take a local folder of one"
 CONFIG_NOTE = "only a config is given: counted without weights, as with --config-only"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
@@ -46,7 +46,7 @@ class Source:
     path : Path or None
         Local folder (``hub``, ``folder``, ``builtin``, ``diffusers``) or file (``gguf``, ``config``).
     revision : str or None
-        Commit of a hub snapshot; ``package==version`` of a built-in model.
+        Commit of a hub snapshot; ``package==version`` that a built-in model comes from.
     notes : tuple of str
         What the user should know about how the source is read, one line each.
     """
@@ -105,8 +105,10 @@ def resolve(
             raise SourceError(
                 f"built-in model '{spec}' is pinned and has no revision '{revision}'; leave --revision out"
             )
-        folder = builtin_models.fetch(spec, progress)
-        return Source(spec, "builtin", folder, builtin_models.CATALOGUE[spec].origin)
+        model, folder = builtin_models.CATALOGUE[spec], builtin_models.fetch(spec, progress)
+        if isinstance(model, builtin_models.ShippedModel):
+            return Source(spec, "diffusers", folder, model.origin, (PIPELINE_NOTE,))
+        return Source(spec, "builtin", folder, model.origin)
     _refuse_what_looks_like_a_path(spec, path)
     hint = did_you_mean(spec, builtin_models.CATALOGUE)
     if hint and "/" not in spec:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from effcli.checkpoint_files import CONFIG, sha256_of
+from effcli.checkpoint_files import CONFIG, PIPELINE, sha256_of
 from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, SourceError
 
@@ -79,7 +79,7 @@ def check_target(target: Path, source: Path | None, *, force: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise BadInputError(f"output '{target}' exists; add --force to replace it, or choose another name")
-        if not (target / CONFIG).is_file():
+        if not any((target / name).is_file() for name in (CONFIG, PIPELINE)):
             raise BadInputError(
                 f"output '{target}' is no checkpoint (it has no {CONFIG}), so --force does not replace it; "
                 "choose another name, or remove it yourself"

@@ -77,7 +77,7 @@ def test_diffusers_folder(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1"}')
     source = sources.resolve(str(tmp_path))
     assert source.kind == "diffusers"
-    assert "not supported yet" in source.notes[0]
+    assert "a local folder" in source.notes[0]
     assert sources.resolve(str(tmp_path / "model_index.json")).kind == "diffusers"
 
 

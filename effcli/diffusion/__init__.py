@@ -1,0 +1,1 @@
+"""Diffusion pipelines: opened from a folder or by a built-in name, and measured."""

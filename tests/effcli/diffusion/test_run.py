@@ -1,0 +1,254 @@
+"""``effcli optimize`` on pipelines, from the command to what ``load_pipeline`` runs: figures, faults, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+import effcli  # noqa: E402
+from effcli.diffusion.run import optimize_pipeline  # noqa: E402
+from effcli.errors import BadInputError, GateFailedError  # noqa: E402
+from effcli.preflight import Options  # noqa: E402
+from effcli.recipes import from_options  # noqa: E402
+from passes.base import PassError  # noqa: E402
+from passes.lemica import schedule as files  # noqa: E402
+from tests.passes.lemica import tiny_pipelines  # noqa: E402
+
+STEPS = "steps=8,max_gap=4,samples=2,eval_samples=2"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "pipeline"
+    tiny_pipelines.dit().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "out"
+    effcli.optimize(str(source), from_options([f"lemica:budgets=5+3,{STEPS}"]), out)
+    return out
+
+
+def _run(pipeline, seeds=(3, 4), labels=(1, 2), steps=8):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(list(labels), generator=generators, num_inference_steps=steps, output_type="pt").images
+
+
+def test_report_holds_what_was_asked_for(made):
+    report = json.loads((made / "report.json").read_text())
+    assert report["schema"] == "effcli.pipeline-optimize/1"
+    assert [(item["name"], len(item["full"])) for item in report["schedules"]] == [("slow", 5), ("fast", 3)]
+    for item in report["schedules"]:
+        assert item["full_calls"] == len(item["full"]) and item["calls"] == 8
+        assert item["likeness"]["samples"] == 2
+    methods = {(row["method"], row["budget"]) for row in report["comparison"]}
+    assert methods == {
+        (method, budget)
+        for budget in (5, 3)
+        for method in (
+            *("fitted", "linear", "lemica", "uniform", "greedy", "shortest-sum"),
+            *("mag-cache", "first-block-cache"),
+        )
+    }
+    chosen = [row for row in report["comparison"] if row["chosen"]]
+    assert {(row["method"], row["budget"]) for row in chosen} == {("fitted", 5), ("fitted", 3)}
+    page = (made / "report.html").read_text()
+    assert "data:image/png;base64," in page and "First Block Cache" in page
+
+
+def test_checkpoint_is_the_pipeline_with_a_schedule_beside_it(made, source):
+    for path in source.rglob("*"):
+        if path.is_file():
+            assert (made / path.relative_to(source)).read_bytes() == path.read_bytes()
+    weights = next(source.glob("transformer/*.safetensors"))
+    assert os.path.samefile(weights, made / weights.relative_to(source))  # linked, not copied
+    record = json.loads((made / "effcli.json").read_text())
+    assert record["source"]["licence"] == "mit"
+    assert {"lemica.json", "lemica.safetensors", "model_index.json"} <= set(record["files"])
+    assert not list(made.parent.glob(".*")), "staged work was left behind"
+
+
+def test_loaded_pipeline_follows_its_schedule_and_is_the_original_without_it(made, source):
+    from diffusers import DiTPipeline
+
+    original = tiny_pipelines.quiet(DiTPipeline.from_pretrained(source, local_files_only=True))
+    expected = _run(original)
+    pipeline = effcli.load_pipeline(made, schedule="fast")
+    followed = _run(pipeline)
+    assert pipeline.effcli_schedule.follower.full_calls == 3
+    assert not torch.equal(followed, expected)
+    torch.testing.assert_close(_run(effcli.load_pipeline(made, "fast")), followed, rtol=0, atol=0)
+    pipeline.effcli_schedule.attached.remove()
+    assert torch.equal(_run(pipeline), expected)
+    slow = effcli.load_pipeline(made)
+    _run(slow)
+    assert slow.effcli_schedule.schedule.name == "slow"
+    assert slow.effcli_schedule.follower.full_calls == 5
+
+
+def test_what_the_schedule_was_not_calibrated_for_is_refused(made):
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    with pytest.raises(PassError, match="no schedule 'quick'; known: slow .5 of 8 steps., fast .3 of 8 steps."):
+        effcli.load_pipeline(made, "quick")
+    with pytest.raises(PassError, match="calibrated with DDIMScheduler, the pipeline has DPMSolver"):
+        effcli.load_pipeline(made, scheduler=DPMSolverMultistepScheduler())
+    with pytest.raises(PassError, match="scheduler's .* in the calibration"):
+        effcli.load_pipeline(made, scheduler=DDIMScheduler(beta_end=0.03, clip_sample=False))
+    with pytest.raises(PassError, match="for 8 steps, not 12"):
+        effcli.load_pipeline(made, steps=12)
+    with pytest.raises(PassError, match="12 time steps"):
+        _run(effcli.load_pipeline(made), steps=12)
+
+
+def test_stretching_is_done_on_request_and_says_so(made):
+    pipeline = effcli.load_pipeline(made, "fast", steps=15, interpolate=True)
+    schedule = pipeline.effcli_schedule.schedule
+    assert schedule.steps == 15 and schedule.full[0] == 0 and schedule.full[-1] == 14
+    assert schedule.reuse == "last" and "not measured" in schedule.origin
+    _run(pipeline, steps=15)
+    assert pipeline.effcli_schedule.follower.full_calls == len(schedule.full)
+
+
+def test_reference_leaves_weights_where_they_are(source, tmp_path):
+    effcli.optimize(
+        str(source), from_options([f"lemica:budget=3,compare=false,weights=reference,{STEPS}"]), tmp_path / "out"
+    )
+    assert not list((tmp_path / "out").rglob("*model*.safetensors"))
+    pipeline = effcli.load_pipeline(tmp_path / "out")
+    _run(pipeline)
+    assert pipeline.effcli_schedule.follower.full_calls == 3
+
+
+def test_reference_to_what_has_gone_says_so(source, tmp_path):
+    import shutil
+
+    copied = tmp_path / "copied"
+    shutil.copytree(source, copied)
+    out = tmp_path / "out"
+    effcli.optimize(str(copied), from_options([f"lemica:budget=3,compare=false,weights=reference,{STEPS}"]), out)
+    shutil.rmtree(copied)
+    with pytest.raises(BadInputError, match="no pipeline is there; put it back"):
+        effcli.load_pipeline(out)
+
+
+def test_failed_gate_publishes_nothing_and_other_gates_resume(source, tmp_path):
+    out, step = tmp_path / "out", f"lemica:budget=3,compare=false,{STEPS}"
+    with pytest.raises(GateFailedError, match="psnr>=900"):
+        effcli.optimize(str(source), from_options([step], gates=["psnr>=900"]), out)
+    assert not out.exists() and (tmp_path / "out.failed.json").is_file()
+    report = effcli.optimize(str(source), from_options([step], gates=["psnr>=1", "latent_l1<=100"]), out, resume=True)
+    assert report.status == "passed" and (out / "lemica.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "message"),
+    [
+        ("lemica:budget=9,steps=8", {}, "budget 9 is not between 2 and 8"),
+        ("lemica:budget=3,speedup=2", {}, "exclude each other"),
+        ("lemica:budget=3,steps=20,max_gap=4", {}, "max_gap=4 is too small.*smallest that works is 10"),
+        ("lemica:steps=4", {}, "nothing to skip"),
+        ("lemica:guidance=2,height=64", {}, "height"),
+        ("lemica:published=wan2.1-t2v-1.3b:17", {}, "published for WanPipeline"),
+        ("lemica:published=nothing", {}, "no published schedule 'nothing'"),
+        ("kv-pq", {}, "works on language models"),
+        ("lemica", {"gates": ["ppl<=+3%"]}, "unknown metric 'ppl'"),
+        ("lemica", {"evaluation": {"tokens": 512}}, "for language models"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(source, tmp_path, step, settings, message):
+    with pytest.raises((BadInputError, PassError), match=message):
+        effcli.optimize(str(source), from_options([step], **settings), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_prompts_file_is_refused(source, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n \n")
+    with pytest.raises(PassError, match="is empty"):
+        effcli.optimize(str(source), from_options([f"lemica:prompts={prompts},{STEPS}"]), tmp_path / "out")
+
+
+def test_pipeline_without_a_denoiser_is_refused(tmp_path):
+    from diffusers import DiTPipeline
+
+    pipeline = tiny_pipelines.dit()
+    folder = tmp_path / "pipeline"
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert DiTPipeline is not None and index.pop("transformer")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises((BadInputError, PassError), match="transformer"):
+        effcli.optimize(str(folder), from_options(["lemica"]), tmp_path / "out")
+
+
+def test_lemica_is_refused_for_a_language_model():
+    from passes.lemica import LemicaPass
+    from tests import tiny_models
+
+    with pytest.raises(PassError, match="works on diffusers pipelines"):
+        LemicaPass.from_mapping({}).check(tiny_models.build("llama"))
+
+
+def test_published_schedule_needs_no_calibration(tmp_path, source, monkeypatch):
+    from passes.lemica import published
+    from passes.lemica.schedule import Schedule
+
+    known = published.Published("DiTPipeline", "tiny", Schedule(name="tiny:3", steps=8, full=(0, 3, 7)))
+    monkeypatch.setitem(published.PUBLISHED, "tiny:3", known)
+    out = tmp_path / "out"
+    effcli.optimize(str(source), from_options(["lemica:published=tiny:3,steps=8,eval_samples=2,compare=false"]), out)
+    content = files.read(out)
+    assert content.graph is None and content.schedule().full == (0, 3, 7)
+    _run(effcli.load_pipeline(out))
+
+
+def test_dry_run_measures_and_writes_nothing(source, tmp_path):
+    found = optimize_pipeline(
+        str(source), from_options([f"lemica:budget=3,{STEPS}"]), tmp_path / "out", Options(), dry_run=True
+    )
+    assert "would optimize" in "\n".join(found.lines())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_killed_calibration_goes_on_where_it_was(source, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "effcli", "optimize", str(source), "-o", str(out), "--quiet"),
+        *("--pass", "lemica:budget=4,steps=24,max_gap=9,samples=2,eval_samples=2,compare=false,batch=4"),
+    ]
+    process = subprocess.Popen(command)
+    work = tmp_path / ".out.effcli" / "pass-1.work"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = sum(len(path.read_bytes().splitlines()) for path in work.glob("*.jsonl")) if work.is_dir() else 0
+        if lines > 20:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not out.exists()
+    subprocess.run([*command, "--resume"], check=True)
+    undisturbed = tmp_path / "undisturbed"
+    command[command.index(str(out))] = str(undisturbed)
+    subprocess.run(command, check=True)
+    one, other = files.read(out), files.read(undisturbed)
+    assert one.schedules == other.schedules
+    assert one.graph is not None and other.graph is not None
+    assert one.graph.edges == other.graph.edges
+    for mine, theirs in zip(one.graph.errors, other.graph.errors, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-7)
