@@ -252,3 +252,23 @@ def test_killed_calibration_goes_on_where_it_was(source, tmp_path):
     assert one.graph.edges == other.graph.edges
     for mine, theirs in zip(one.graph.errors, other.graph.errors, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-7)
+
+
+def test_quantize_and_lemica_in_one_recipe(tmp_path):
+    pytest.importorskip("llmcompressor")
+    from diffusers import DiTPipeline
+
+    from tests.passes.quantize.test_denoiser import dit as wide_dit
+
+    folder, out = tmp_path / "pipeline", tmp_path / "out"
+    wide_dit().save_pretrained(folder)
+    steps = ["quantize:scheme=w8a16,method=rtn", f"lemica:budget=4,compare=false,{STEPS}"]
+    report = effcli.optimize(str(folder), from_options(steps), out)
+    assert [record.name for record in report.passes] == ["quantize", "lemica"]
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (out / weights).stat().st_size < (folder / weights).stat().st_size
+    pipeline = effcli.load_pipeline(out)
+    _run(pipeline)
+    assert pipeline.effcli_schedule.follower.full_calls == 4
+    with pytest.raises(ValueError, match="compressed-tensors"):
+        DiTPipeline.from_pretrained(out, local_files_only=True)
