@@ -30,6 +30,7 @@ from effcli.dry_run import SPARE_BYTES, DryRun
 from effcli.errors import GateFailedError, InterruptedRunError, NoRoomError
 from effcli.formatting import data_size
 from effcli.preflight import Options, installed_versions
+from effcli.quiet import quiet_diffusers
 from effcli.recipes import Recipe
 from effcli.reports.model import plain
 from effcli.reports.optimize_model import GateResult, StageTime
@@ -70,7 +71,8 @@ def optimize_pipeline(
         job = prepare(model, recipe, Path(output), options, shown)
     if dry_run:
         return _dry_run(job)
-    with staging.open_staging(job.target, job.fingerprint(), resume=options.resume, force=options.force) as staged:
+    staged_work = staging.open_staging(job.target, job.fingerprint(), resume=options.resume, force=options.force)
+    with quiet_diffusers(shown), staged_work as staged:
         try:
             return _run(job, staged, times, shown, on_warning)
         except KeyboardInterrupt:
