@@ -65,7 +65,7 @@ class Coefficients:
             scale = weights.to(tensors[0].device, tensors[0].dtype)
             total = scale[0] * tensors[0]
             for row, tensor in zip(scale[1:], tensors[1:], strict=False):
-                total = total + row * tensor
+                total.addcmul_(row, tensor)
             parts.append(total)
         assert parts[0] is not None
         return Residual(parts[0], parts[1])
