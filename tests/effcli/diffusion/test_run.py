@@ -229,7 +229,7 @@ def test_killed_calibration_goes_on_where_it_was(source, tmp_path):
     out = tmp_path / "out"
     command = [
         *(sys.executable, "-m", "effcli", "optimize", str(source), "-o", str(out), "--quiet"),
-        *("--pass", "lemica:budget=4,steps=24,max_gap=9,samples=2,eval_samples=2,compare=false,batch=4"),
+        *("--pass", "lemica:budget=4,steps=16,max_gap=8,samples=2,eval_samples=2,compare=false,batch=2"),
     ]
     process = subprocess.Popen(command)
     work = tmp_path / ".out.effcli" / "pass-1.work"
