@@ -122,7 +122,7 @@ class LemicaFile(_Strict):
     graph: ErrorGraph | None = None
 
     def schedule(self, name: str | None = None) -> Schedule:
-        """Return a schedule by name, or the default.
+        """Return a schedule by name or by its full steps (``"17"``), or the default.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class LemicaFile(_Strict):
         """
         wanted = name or self.default
         for item in self.schedules:
-            if item.name == wanted:
+            if wanted in (item.name, str(item.budget)):
                 return item
         known = ", ".join(f"{item.name} ({item.budget} of {item.steps} steps)" for item in self.schedules)
         raise PassError(f"no schedule '{wanted}'; known: {known}")

@@ -40,6 +40,7 @@ def test_schedules_by_name_and_by_default():
     assert CONTENT.schedule().name == "slow"
     assert CONTENT.schedule("fast").flags == (True, False, False, True)
     assert CONTENT.schedule("fast").budget == 2
+    assert CONTENT.schedule("3").name == "slow"
     with pytest.raises(PassError, match=r"no schedule 'quick'; known: slow \(3 of 4 steps\), fast \(2 of 4 steps\)"):
         CONTENT.schedule("quick")
 
