@@ -35,7 +35,7 @@ def emit(**values: Any) -> None:
 
 
 def main() -> int:
-    """Print the tables; return 1 if the pass's default is not above every other way in the mean."""
+    """Print the tables; return 1 if another way is above the pass's default in the mean."""
     pipeline = open_pipeline("dit-tiny", device="cpu").pipeline
     target = targets.find(pipeline)
     known = inputs.calibration_samples(pipeline, max(*COUNTS, FIT_SAMPLES))
@@ -101,7 +101,7 @@ def _gain(name: str, budget: int, difference: torch.Tensor) -> bool:
     found = spread(difference)
     assert found is not None
     emit(case=f"gain over {name}", budget=budget, psnr_db=found.mean, interval=[found.low, found.high])
-    return found.mean > 0
+    return found.mean >= 0  # another way may find the same path
 
 
 def _peers(bench: Bench, known: tuple[inputs.Sample, ...], budget: int) -> list[tuple[str, Outcome]]:
