@@ -34,6 +34,8 @@ class DryRun:
     gates : tuple of str
     disk_needed_bytes, disk_free_bytes : int
     notes : tuple of str
+    loaded : bool
+        Whether weights had to be loaded for the checks.
     """
 
     spec: str
@@ -44,6 +46,7 @@ class DryRun:
     disk_needed_bytes: int
     disk_free_bytes: int
     notes: tuple[str, ...]
+    loaded: bool = False
 
     def lines(self) -> list[str]:
         """Return it in words, for a terminal."""
@@ -54,7 +57,7 @@ class DryRun:
         lines += [f"gate: {text}" for text in self.gates]
         lines.append(f"staging: {self.staging}")
         lines.append(f"disk: {data_size(self.disk_needed_bytes)} needed, {data_size(self.disk_free_bytes)} free")
-        return [*lines, *self.notes, "nothing was loaded or written"]
+        return [*lines, *self.notes, "nothing was written" if self.loaded else "nothing was loaded or written"]
 
 
 def disk_needed(job: Job, planned: tuple[PlannedPass, ...]) -> int:

@@ -162,6 +162,7 @@ def compare(
     calibration: Bench,
     reference: Outcome,
     content: LemicaFile,
+    known: Mapping[str, Outcome],
     drive: Callable[[Schedule], Follower],
     progress: Progress,
 ) -> Comparison:
@@ -175,6 +176,8 @@ def compare(
         Of all steps, on held-out samples.
     content : LemicaFile
         The schedules that were chosen; baselines that need errors take those of its graph.
+    known : mapping of str to Outcome
+        Of the chosen schedules, by name: they are not run again.
     drive : callable
         Returns the driver that follows a schedule; fits it first where its reuse is fitted.
     progress : Progress
@@ -189,7 +192,7 @@ def compare(
                 if isinstance(tried, PassError):
                     rows.append(ComparisonRow(method, schedule.budget, None, None, None, None, reason=str(tried)))
                 else:
-                    outcome = bench.run(drive(tried))
+                    outcome = known[schedule.name] if chosen else bench.run(drive(tried))
                     outcomes[method, schedule.budget] = outcome
                     rows.append(
                         ComparisonRow(

@@ -126,7 +126,7 @@ def prepare(model: str, recipe: Recipe, output: Path, options: Options, progress
         raise BadInputError(f"'{model}' is no diffusers pipeline")
     staging.check_target(target, source.path, force=force)
     names = writing.pipeline_files(source.path)
-    opened = open_pipeline(model, device=options.device, dtype=options.dtype, progress=progress)
+    opened = open_pipeline(source, device=options.device, dtype=options.dtype, progress=progress)
     for entry in chain:
         assert isinstance(entry, ActsOnPipelines)
         entry.check_pipeline(opened.pipeline)
@@ -155,6 +155,8 @@ def _check_nothing_ignored(recipe: Recipe, options: Options) -> None:
         "--batch": options.batch != 1,
         "--compile": options.compile,
         "--kernels": options.kernels != "auto",
+        "--allow-pickle": options.allow_pickle,
+        "--trust-remote-code": options.trust_remote_code,
     }
     for name, there in given.items():
         if there:

@@ -103,7 +103,7 @@ def _dry_run(job: PipelineJob) -> DryRun:
         f"pass 1: {job.recipe.passes[0].label}, {parameters.samples} calibration samples of {parameters.steps} steps",
         "states of one run are kept on the disk while the errors are measured; their size is not known in advance",
     )
-    return DryRun(job.spec, job.target, staging.folder_for(job.target), (), job.recipe.gates, needed, free, notes)
+    return DryRun(job.spec, job.target, staging.folder_for(job.target), (), job.recipe.gates, needed, free, notes, True)
 
 
 def _run(

@@ -75,7 +75,9 @@ def verify(job: PipelineJob, made: Path, times: Times, progress: Progress) -> di
                 for count in (given.samples, given.fit_samples)
             )
             drive = partial(_fitted_driver, fitting)
-            comparison = comparing.compare(bench, calibration, reference, content, drive, progress)
+            comparison = comparing.compare(
+                bench, calibration, reference, content, {item.name: made for item, made in outcomes}, drive, progress
+            )
     with times.stage("after: pictures", own=True):
         shown = _shown(outcomes, comparison)
         pictures = comparing.sheets(bench.samples, reference, shown, bench.steps)
