@@ -19,7 +19,7 @@ $(VENV)/.quantize: $(VENV)/.core
 	touch $@
 
 $(VENV)/.test: $(VENV)/.quantize
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[quantize,diffusion,test]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[quantize,diffusion,onnx,ray,search,test]'
 	touch $@
 
 ## Fetch the built-in model, profile it on this device, plan, quantize it to 4 bits, and say where everything is.

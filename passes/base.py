@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -157,6 +157,31 @@ class CalibrationText(Protocol):
         """
 
 
+class Spread(Protocol):
+    """Several workers that do independent parts of one pass."""
+
+    @property
+    def workers(self) -> int:
+        """How many parts run side by side."""
+
+    def map(self, function: str, parts: Sequence[Mapping[str, Any]], progress: Progress | None = None) -> list[Any]:
+        """Call a function once a part, each in a worker of its own, and return the results in the order of the parts.
+
+        Parameters
+        ----------
+        function : str
+            ``"module:name"``, importable where the workers run; called with the part's items as keyword arguments.
+            What it takes and returns is JSON-ready.
+        parts : sequence of mapping
+        progress : Progress, optional
+
+        Raises
+        ------
+        PassError
+            If a part fails; the message is that of the first one that did.
+        """
+
+
 @dataclass
 class PassContext:
     """What :meth:`Pass.apply` runs with.
@@ -176,6 +201,8 @@ class PassContext:
     progress : Progress
     source : Path or None
         Folder that the model was read from; None where that is no folder, or not known.
+    spread : Spread or None
+        Workers that may do independent parts, with the same result as without; None where there is one process.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -185,6 +212,7 @@ class PassContext:
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
     source: Path | None = None
+    spread: Spread | None = None
 
 
 @dataclass
@@ -200,12 +228,15 @@ class PipelineContext:
     seed : int
         Of everything random.
     progress : Progress
+    spread : Spread or None
+        As in :class:`PassContext`.
     """
 
     device: torch.device
     work: Path
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
+    spread: Spread | None = None
 
 
 @dataclass

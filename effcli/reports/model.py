@@ -21,6 +21,9 @@ EVAL_SCHEMA = "effcli.eval/1"
 COMPARE_SCHEMA = "effcli.compare/1"
 PIPELINE_PROFILE_SCHEMA = "effcli.pipeline-profile/1"
 PIPELINE_OPTIMIZE_SCHEMA = "effcli.pipeline-optimize/1"
+BATCH_SCHEMA = "effcli.batch/1"
+FRONT_SCHEMA = "effcli.front/1"
+EXPORT_SCHEMA = "effcli.export/1"
 SCHEMAS = (
     PROFILE_SCHEMA,
     OPTIMIZE_SCHEMA,
@@ -29,6 +32,9 @@ SCHEMAS = (
     COMPARE_SCHEMA,
     PIPELINE_PROFILE_SCHEMA,
     PIPELINE_OPTIMIZE_SCHEMA,
+    BATCH_SCHEMA,
+    FRONT_SCHEMA,
+    EXPORT_SCHEMA,
 )
 REPORT_FILE = "report.json"
 """What a checkpoint folder calls its report."""
