@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli import fitting, gates, planning, provenance
+from effcli import fitting, gating, planning, provenance
 from effcli.errors import GateFailedError
 from effcli.preflight import LEGAL, Job, installed_versions, original_card, quantized_before
+from effcli.reports.model import plain
 from effcli.reports.optimize_model import (
     OPTIMIZE_SCHEMA,
     AuditedClass,
@@ -22,7 +23,7 @@ from effcli.reports.optimize_model import (
     Size,
 )
 from effcli.staging import Staging, link_or_copy
-from passes.base import Figures, KernelUse, Measured, MeasuredColumn, MeasuredTable, PassRecord
+from passes.base import KernelUse, Measured, MeasuredColumn, MeasuredTable, PassRecord
 
 if TYPE_CHECKING:
     from effcli.stage_times import Times
@@ -144,9 +145,18 @@ def build_report(job: Job, results: Results, records: tuple[PassRecord, ...], ti
         sum(record.seconds for record in records),
     )
     quality_reason = results.before["quality_reason"]
-    judged = judge(
-        job.gates, before, after, results.after["quality"], quality_reason, size, figures_before, figures_after
-    )
+    judged = gating.values(
+        {
+            "schema": OPTIMIZE_SCHEMA,
+            "before": before,
+            "after": after,
+            "figures_before": plain(figures_before),
+            "figures_after": plain(figures_after),
+            "quality": results.after["quality"],
+            "quality_reason": quality_reason,
+            "size": plain(size),
+        }
+    ).evaluate(job.gates)
     own = sum(item.seconds for item in times.stages if item.own)
     total = sum(item.seconds for item in times.stages)
     agreement, compiled = results.after["agreement"], results.after["compiled"]
@@ -207,61 +217,6 @@ def _measured_from(data: Mapping[str, Any] | None) -> Measured | None:
 def profile_warnings(stage: str, result: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the warnings of a measuring stage's profile."""
     return tuple(f"{stage}: {line}" for line in result["profile"]["warnings"])
-
-
-def judge(
-    asked: Sequence[gates.Gate],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    quality: Mapping[str, Any] | None,
-    quality_reason: str | None,
-    size: Size,
-    figures_before: Figures,
-    figures_after: Figures,
-) -> tuple[GateResult, ...]:
-    """Hold gates against two profiles, the quality and the sizes."""
-    reasons: dict[str, str] = {}
-    values: list[dict[str, float | None]] = []
-    for profile, figures in ((before, figures_before), (after, figures_after)):
-        found = _of_profile(profile, reasons)
-        found |= {
-            "ttft": figures.ttft_seconds,
-            "tpot": figures.tpot_seconds,
-            "peak_memory": figures.peak_memory_bytes,
-            "kv_bytes": figures.kv_bytes_per_token,
-        }
-        values.append(found)
-    of_before, of_after = values
-    of_before |= {"size": size.before_bytes, "bits": 8 * size.before_bytes / size.parameters}
-    of_after |= {"size": size.after_bytes, "bits": size.bits_per_parameter}
-    if quality is None:
-        reasons |= dict.fromkeys(("ppl", "kl", "kl_p99", "top1", "accuracy"), quality_reason or "not measured")
-    else:
-        of_before["ppl"], of_after["ppl"] = quality["perplexity"]["before"], quality["perplexity"]["after"]
-        of_after |= {"kl": quality["kl"]["mean"], "kl_p99": quality["kl"]["p99"], "top1": quality["top1_agreement"]}
-        accuracy = next((task for task in quality["tasks"] if task["metric"] == "acc"), None)
-        if accuracy is not None:
-            of_before["accuracy"], of_after["accuracy"] = accuracy["before"], accuracy["after"]
-        else:
-            reasons["accuracy"] = "no tasks were given; add --tasks FILE"
-    return gates.evaluate(asked, of_before, of_after, reasons)
-
-
-def _of_profile(profile: Mapping[str, Any], reasons: dict[str, str]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    profiles, skipped = profile["profiles"], profile["skipped"]
-    points = (profiles.get("latency") or {}).get("points") or []
-    found["tokens_per_second"] = points[0]["tokens_per_second"] if points else None
-    energy = profiles.get("energy") or {}
-    found["joules_per_token"] = energy.get("joules_per_token")
-    reasons["joules_per_token"] = energy.get("reason") or skipped.get("energy", "no energy profile")
-    rates = [point["sink_rate"] for point in (profiles.get("sinks") or {}).get("points") or []]
-    found["sinks"] = next((rate for rate in rates if rate is not None), None)
-    reasons["sinks"] = skipped.get("sinks", "no layer has softmax attention")
-    reasons["kv_bytes"] = skipped.get("kv", "the cache was not measured")
-    if points and points[0]["peak_memory_reason"]:
-        reasons["peak_memory"] = points[0]["peak_memory_reason"]
-    return found
 
 
 def _refuse(job: Job, staging: Staging, report: OptimizeReport, failed: Sequence[GateResult]) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from effcli import gates, provenance, staging
+from effcli import gating, provenance, staging
 from effcli.diffusion import writing
 from effcli.diffusion.job import PipelineJob, prepare
 from effcli.diffusion.verifying import verify
@@ -213,7 +213,13 @@ def _report(
     content = schedules_file.read(made)
     schedules = TypeAdapter(tuple[ScheduleResult, ...]).validate_python(after["schedules"])
     default = next(item for item in schedules if item.name == content.default)
-    judged = gates.evaluate(job.gates, *_gate_values(default), gates.PIPELINE_METRICS)
+    judged = gating.values(
+        {
+            "schema": PIPELINE_OPTIMIZE_SCHEMA,
+            "schedules": [plain(default)],
+            "lemica": {"default": content.default},
+        }
+    ).evaluate(job.gates)
     return PipelineOptimizeReport(
         schema=PIPELINE_OPTIMIZE_SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -239,30 +245,6 @@ def _report(
         warnings=tuple(after["warnings"]),
         output=job.output,
     )
-
-
-def _gate_values(
-    result: ScheduleResult,
-) -> tuple[dict[str, float | None], dict[str, float | None], dict[str, str]]:
-    """Return what gates are held against: before, after, and why something was not measured."""
-    like = result.likeness
-    before: dict[str, float | None] = {
-        "time": result.run_seconds_before,
-        "denoiser_time": result.denoiser_seconds_before,
-    }
-    after: dict[str, float | None] = {
-        "psnr": None if like.psnr_db is None else like.psnr_db.mean,
-        "ssim": None if like.ssim is None else like.ssim.mean,
-        "lpips": None if like.lpips is None else like.lpips.mean,
-        "latent_l1": like.latent_l1.mean,
-        "time": result.run_seconds_after,
-        "denoiser_time": result.denoiser_seconds_after,
-    }
-    reasons = {
-        "psnr": "all pictures are the same to the bit, so it has no finite value",
-        "lpips": like.lpips_reason or "not measured",
-    }
-    return before, after, reasons
 
 
 def _refuse(job: PipelineJob, staged: Staging, report: PipelineOptimizeReport, failed: Sequence[GateResult]) -> None:
