@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,7 +101,9 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Measured:
+    """One model of a saved report, with the conditions under which it was measured."""
+
     side: Side
     about: ComparedSide
     report: Mapping[str, Any]
@@ -132,10 +134,10 @@ def compare(a: Path | str, b: Path | str | None = None, *, anyway: bool = False)
         one, other = _known_quality(first, second), _known_quality(second, first)
         if one is not first:  # what the optimize report started from: its paired interval is the one that counts
             paired = paired_intervals(dict(second.report))
-    mismatches, shared = _mismatches(one, other)
-    if mismatches and not anyway:
+    differing, shared = mismatches(one, other), shared_places((one, other))
+    if differing and not anyway:
         raise BadInputError(
-            "; ".join(f"{found.what} differs: {found.a} against {found.b}" for found in mismatches)
+            "; ".join(f"{found.what} differs: {found.a} against {found.b}" for found in differing)
             + "; add --anyway to compare all the same"
         )
     place = shared[0] if shared else None
@@ -151,7 +153,7 @@ def compare(a: Path | str, b: Path | str | None = None, *, anyway: bool = False)
             ComparedPoint(batch, context, _times(one.side, other.side, (batch, context)))
             for batch, context in shared[1:]
         ),
-        mismatches=tuple(mismatches),
+        mismatches=tuple(differing),
         notes=tuple(_notes(one, other, shared)),
     )
 
@@ -161,27 +163,16 @@ def _times(a: Side, b: Side, place: tuple[int, int]) -> tuple[Change, ...]:
     return tuple(found for found in changes(a, b, place) if found.metric in wanted)
 
 
-def _load(path: Path | str) -> _Loaded:
-    report = read_report(path)
-    schema = report["schema"]
-    if schema == PROFILE_SCHEMA:
-        side = profile_side(report)
-    elif schema == OPTIMIZE_SCHEMA:
-        side = optimize_sides(report)[1]
-    else:
-        raise BadInputError(f"'{path}' has schema {schema!r}; compare takes {PROFILE_SCHEMA!r} and {OPTIMIZE_SCHEMA!r}")
-    return _Loaded(side, _about(side, path, report), report)
+def _load(path: Path | str) -> Measured:
+    return of_report(path, read_report(path))[-1][0]
 
 
-def _both_sides(path: Path | str) -> tuple[_Loaded, _Loaded]:
+def _both_sides(path: Path | str) -> tuple[Measured, Measured]:
     report = read_report(path)
     if report["schema"] != OPTIMIZE_SCHEMA:
         raise BadInputError(f"'{path}' is one measurement ({report['schema']}); name a second report to compare with")
-    before, after = optimize_sides(report)
-    return (
-        _Loaded(before, _about(before, path, report, "before"), report),
-        _Loaded(after, _about(after, path, report, "after"), report),
-    )
+    (before, _), (after, _) = of_report(path, report)
+    return before, after
 
 
 def _about(side: Side, path: Path | str, report: Mapping[str, Any], which: str | None = None) -> ComparedSide:
@@ -208,7 +199,7 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _known_quality(side: _Loaded, other: _Loaded) -> _Loaded:
+def _known_quality(side: Measured, other: Measured) -> Measured:
     """Take the quality of a profiled model from an optimize report that started from the same weights."""
     if side.report["schema"] != PROFILE_SCHEMA or other.report["schema"] != OPTIMIZE_SCHEMA:
         return side
@@ -225,10 +216,11 @@ def _known_quality(side: _Loaded, other: _Loaded) -> _Loaded:
         tasks=before.tasks,
         text=before.text,
     )
-    return _Loaded(joined, side.about, side.report)
+    return Measured(joined, side.about, side.report)
 
 
-def _mismatches(a: _Loaded, b: _Loaded) -> tuple[list[Mismatch], list[tuple[int, int]]]:
+def mismatches(a: Measured, b: Measured) -> list[Mismatch]:
+    """Return the conditions that are known on both sides and are not the same."""
     pairs = [
         ("device", a.about.device, b.about.device),
         ("dtype", a.about.dtype, b.about.dtype),
@@ -238,20 +230,47 @@ def _mismatches(a: _Loaded, b: _Loaded) -> tuple[list[Mismatch], list[tuple[int,
     ]
     found = [Mismatch(what, one, other) for what, one, other in pairs if one and other and one != other]
     own, theirs = places(a.side.profile), places(b.side.profile)
-    shared = [place for place in own if place in theirs]
-    if own and theirs and not shared:
+    if own and theirs and not shared_places((a, b)):
         found.append(Mismatch("batch and context", _places(own), _places(theirs)))
-    return found, shared
+    return found
 
 
-def _architecture(loaded: _Loaded) -> str | None:
+def shared_places(sides: Sequence[Measured]) -> list[tuple[int, int]]:
+    """Return the batch and context of every point that all sides hold."""
+    held = [places(side.side.profile) for side in sides]
+    return [place for place in held[0] if all(place in others for others in held[1:])]
+
+
+def of_report(path: Path | str, report: Mapping[str, Any]) -> list[tuple[Measured, bool]]:
+    """Return the models of a saved report, and whether each is the original that the other was made from.
+
+    Raises
+    ------
+    BadInputError
+        If the report is of no model.
+    """
+    if report["schema"] == OPTIMIZE_SCHEMA:
+        before, after = optimize_sides(dict(report))
+        return [
+            (Measured(before, _about(before, path, report, "before"), report), True),
+            (Measured(after, _about(after, path, report), report), False),
+        ]
+    if report["schema"] != PROFILE_SCHEMA:
+        raise BadInputError(
+            f"'{path}' has schema {report['schema']!r}; compare takes {PROFILE_SCHEMA!r} and {OPTIMIZE_SCHEMA!r}"
+        )
+    side = profile_side(dict(report))
+    return [(Measured(side, _about(side, path, report), report), False)]
+
+
+def _architecture(loaded: Measured) -> str | None:
     model = mapping(loaded.side.profile.get("model"))
     hidden = number(model.get("hidden_size"))
     name = model.get("architecture")
     return f"{name} with hidden size {hidden}" if name and hidden is not None else _text(name)
 
 
-def _sink_text(loaded: _Loaded) -> str | None:
+def _sink_text(loaded: Measured) -> str | None:
     return _text(mapping(mapping(loaded.side.profile.get("profiles")).get("sinks")).get("text"))
 
 
@@ -259,7 +278,7 @@ def _places(found: list[tuple[int, int]]) -> str:
     return ", ".join(f"{batch} × {context}" for batch, context in found)
 
 
-def _notes(a: _Loaded, b: _Loaded, shared: list[tuple[int, int]]) -> list[str]:
+def _notes(a: Measured, b: Measured, shared: list[tuple[int, int]]) -> list[str]:
     notes = []
     versions = [mapping(mapping(loaded.side.profile.get("environment")).get("versions")) for loaded in (a, b)]
     for name in versions[0].keys() & versions[1].keys():

@@ -12,12 +12,28 @@ from effcli.cli.output import checked_outputs, emit
 
 
 def command(
-    a: Annotated[
-        Path, typer.Argument(metavar="A", help="A saved profile or optimize report, or the folder of a checkpoint.")
+    reports: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="REPORT...",
+            help="Saved profiles or optimize reports, or folders of checkpoints. One: before and after of an optimize "
+            "report; two: held against each other; more: side by side.",
+        ),
     ],
-    b: Annotated[
-        Path | None,
-        typer.Argument(metavar="[B]", help="Another; without it, the before and after of an optimize report."),
+    sort: Annotated[
+        str | None, typer.Option("--sort", metavar="METRIC", help="Side by side, best first: ppl, size, tpot, ….")
+    ] = None,
+    pareto: Annotated[
+        bool,
+        typer.Option(
+            "--pareto", help="Side by side, however many: quality against size, time and memory, fronts marked."
+        ),
+    ] = False,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            "--quality", metavar="METRIC", help="Of the fronts: ppl, kl, kl_p99, top1, accuracy; default ppl."
+        ),
     ] = None,
     anyway: Annotated[
         bool,
@@ -29,8 +45,14 @@ def command(
     output: OutputOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Hold two saved reports against each other, noise told apart from change."""
-    from effcli.comparison import compare
-
+    """Hold saved reports against each other: noise told apart from change, and what no other beats."""
     outputs = checked_outputs(output, format_)
-    emit(compare(a, b, anyway=anyway).to_dict(), format_, outputs, quiet=quiet)
+    if len(reports) > 2 or pareto or sort is not None or quality is not None:
+        from effcli.fronts import front
+
+        report = front(reports, quality=quality, sort=sort, anyway=anyway).to_dict()
+    else:
+        from effcli.comparison import compare
+
+        report = compare(*reports, anyway=anyway).to_dict()
+    emit(report, format_, outputs, quiet=quiet)

@@ -15,7 +15,7 @@ from typing import Any
 from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, did_you_mean
 
-SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html", ".txt": "human"}
+SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html", ".txt": "human", ".csv": "csv"}
 
 
 class Format(StrEnum):
@@ -25,6 +25,7 @@ class Format(StrEnum):
     json = "json"
     markdown = "markdown"
     html = "html"
+    csv = "csv"
 
 
 def format_of(path: Path, chosen: Format | None) -> str:

@@ -11,7 +11,7 @@ from effcli.reports.blocks import Report
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMATS = ("human", "json", "markdown", "html")
+FORMATS = ("human", "json", "markdown", "html", "csv")
 
 
 def render(data: Report, format: str = "human", console: Console | None = None) -> str:
@@ -22,7 +22,8 @@ def render(data: Report, format: str = "human", console: Console | None = None) 
     data : dict
         As :func:`effcli.reports.model.read_report` or ``ProfileReport.to_dict`` returns it.
     format : str
-        ``human`` (terminal), ``json``, ``markdown`` or ``html`` (one self-contained file).
+        ``human`` (terminal), ``json``, ``markdown``, ``html`` (one self-contained file), or ``csv`` (of a comparison of
+        several reports).
     console : rich.console.Console, optional
         For ``human``: decides width and colour, and the text is written to it. Without one, 80 columns without colour.
 
@@ -34,7 +35,7 @@ def render(data: Report, format: str = "human", console: Console | None = None) 
     Raises
     ------
     BadInputError
-        If there is no such format.
+        If there is no such format, or the report has none of it.
     """
     if format == "human":
         from effcli.reports.terminal import to_terminal
@@ -55,4 +56,11 @@ def render(data: Report, format: str = "human", console: Console | None = None) 
         from effcli.reports.html import to_html
 
         return to_html(data)
+    if format == "csv":
+        from effcli.fronts import to_csv
+        from effcli.reports.model import FRONT_SCHEMA
+
+        if data.get("schema") != FRONT_SCHEMA:
+            raise BadInputError("only a comparison of several reports is a table for .csv; choose .json")
+        return to_csv(data)
     raise BadInputError(f"no report format '{format}'{did_you_mean(format, FORMATS)}; known: {', '.join(FORMATS)}")

@@ -8,6 +8,7 @@ from effcli.reports.blocks import Report
 from effcli.reports.documents import (
     compare,
     evaluation,
+    front,
     optimize,
     pipeline_optimize,
     pipeline_profile,
@@ -18,6 +19,7 @@ from effcli.reports.documents.base import Document
 from effcli.reports.model import (
     COMPARE_SCHEMA,
     EVAL_SCHEMA,
+    FRONT_SCHEMA,
     OPTIMIZE_SCHEMA,
     PIPELINE_OPTIMIZE_SCHEMA,
     PIPELINE_PROFILE_SCHEMA,
@@ -29,6 +31,7 @@ BUILDERS: dict[str, Callable[[Report], Document]] = {
     PLAN_SCHEMA: plan.document,
     EVAL_SCHEMA: evaluation.document,
     COMPARE_SCHEMA: compare.document,
+    FRONT_SCHEMA: front.document,
     PIPELINE_PROFILE_SCHEMA: pipeline_profile.document,
     PIPELINE_OPTIMIZE_SCHEMA: pipeline_optimize.document,
 }
