@@ -81,8 +81,11 @@ def front_chart(marks: list[Mark], target: Metric, quality: Metric, name: str) -
     on_front = sorted((mark for mark in marks if mark.standing == "front"), key=lambda mark: mark.target)
     corners = [(x(mark.target), y(mark.quality)) for mark in on_front]
     stairs = [point for here, after in zip(corners, corners[1:], strict=False) for point in (here, (after[0], here[1]))]
-    drawing.polyline("curve", [*stairs, *corners[-1:]], "the front: no other is as good in both and better in one")
+    line = [*stairs, *corners[-1:]]
+    drawing.polyline("curve", line, "the front: no other is as good in both and better in one")
     labels = Labels(LEFT + 4, WIDTH - RIGHT - 2, TOP, FLOOR)
+    for (x1, y1), (x2, y2) in zip(line, line[1:], strict=False):
+        labels.taken.append((min(x1, x2), min(y1, y2) - 1, max(x1, x2), max(y1, y2) + 1))
     for mark in marks:
         labels.occupy(x(mark.target), y(mark.quality), 7)
     styles = {"front": "mark decode", "near": "mark decode hollow", "original": "mark other"}

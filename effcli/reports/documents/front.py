@@ -15,6 +15,9 @@ from effcli.reports.front_chart import Mark, front_chart
 from effcli.reports.sections.change import figure
 from effcli.reports.sections.generic import named
 
+LEGEND = "* nothing else is as good in this and in {} and better in one; ~ beaten only within noise."
+EVERY_FIGURE = "Every other figure: -o front.csv, or -o front.json."
+
 
 def document(report: Report) -> Document:
     """Build the document."""
@@ -23,7 +26,6 @@ def document(report: Report) -> Document:
     found = [entry for entry in items(report, "fronts") if isinstance(entry, dict) and entry.get("target") in known]
     quality = known.get(str(report.get("quality")), next(iter(known.values())))
     quality_name = next(name for name, metric in known.items() if metric is quality)
-    sections = [Section("models", "Side by side", _lead(report), (_table(entries, found, known),))]
     figures = {}
     for front in found:
         name, target = f"front-{front['target']}", known[front["target"]]
@@ -34,7 +36,8 @@ def document(report: Report) -> Document:
             "noise.",
             "No chart: fewer than two models have both figures.",
         )
-        sections.append(Section(name, f"{_capital(quality.label)} against {target.label}", (), (Chart(name),)))
+    table = _table(entries, found, known, quality_name)
+    sections = [Section("models", "Side by side", _lead(report), (table, *map(Chart, figures)))]
     differing = texts(report, "mismatches")
     if differing:
         table = Table("", columns("<what"), tuple((line,) for line in differing))
@@ -58,10 +61,6 @@ def document(report: Report) -> Document:
     )
 
 
-def _capital(text: str) -> str:
-    return text if text[:2].isupper() else text[:1].upper() + text[1:]
-
-
 def _name(entry: Report) -> str:
     return named(entry.get("name"))
 
@@ -81,26 +80,18 @@ def _standing(entry: Report, front: Report) -> str:
     return "front" if name in items(front, "members") else "near" if name in items(front, "near") else ""
 
 
-def _shown(known: dict[str, Metric], entries: list[Report]) -> list[str]:
-    """Return the metrics that at least one entry has."""
-    return [
-        name for name in known if any(number(mapping(entry.get("figures")).get(name)) is not None for entry in entries)
-    ]
+def _table(entries: list[Report], found: list[Report], known: dict[str, Metric], quality: str) -> Table:
+    signs = {"front": " *", "near": " ~", "": ""}
+    by_target = {str(front["target"]): front for front in found}
 
+    def cell(entry: Report, name: str) -> str:
+        sign = signs[_standing(entry, by_target[name])] if name in by_target else ""
+        return figure(number(mapping(entry.get("figures")).get(name)), known[name].unit) + sign
 
-def _table(entries: list[Report], found: list[Report], known: dict[str, Metric]) -> Table:
-    shown = _shown(known, entries)
-    words = {"front": "front", "near": "within noise", "": "–"}
-    rows = tuple(
-        (
-            _name(entry),
-            *(figure(number(mapping(entry.get("figures")).get(name)), known[name].unit) for name in shown),
-            *(words[_standing(entry, front)] for front in found),
-        )
-        for entry in entries
-    )
-    heads = [*(known[name].label for name in shown), *(f"<front: {known[f['target']].label}" for f in found)]
-    return Table("", columns("<name", *heads), rows)
+    shown = dict.fromkeys([quality, *by_target])
+    rows = tuple((_name(entry), *(cell(entry, name) for name in shown)) for entry in entries)
+    heads = [known[name].label for name in shown]
+    return Table("", columns("<name", *heads), rows, (LEGEND.format(known[quality].label), EVERY_FIGURE))
 
 
 def _marks(entries: list[Report], front: Report, quality: str) -> list[Mark]:
