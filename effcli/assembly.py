@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli import fitting, gating, planning, provenance
+from effcli import fitting, gating, planning, provenance, signature
 from effcli.errors import GateFailedError
 from effcli.preflight import LEGAL, Job, installed_versions, original_card, quantized_before
 from effcli.reports.model import plain
@@ -93,6 +93,7 @@ def finish(job: Job, staging: Staging, results: Results, times: Times) -> Optimi
         original_card=original_card(job.source),
     )
     (out / CARD).write_text(card, encoding="utf-8")
+    signature.write(out, manifest)
     staging.publish(force=job.options.force)
     return report
 

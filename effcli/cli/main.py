@@ -13,7 +13,20 @@ from typing import Annotated
 
 import typer
 
-from effcli.cli import compare, doctor, evaluate, gate, models, optimize, passes, plan, profile, profilers, report
+from effcli.cli import (
+    compare,
+    doctor,
+    evaluate,
+    gate,
+    models,
+    optimize,
+    passes,
+    plan,
+    profile,
+    profilers,
+    report,
+    verify,
+)
 from effcli.errors import EXIT_BAD_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_NO_ROOM, EXIT_OK, EffcliError
 
 app = typer.Typer(
@@ -32,6 +45,7 @@ app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("gate")(gate.command)
 app.command("report")(report.command)
+app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 app.command("models")(models.command)
 app.command("profilers")(profilers.command)

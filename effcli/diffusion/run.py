@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from effcli import gating, provenance, staging
+from effcli import gating, provenance, signature, staging
 from effcli.diffusion import writing
 from effcli.diffusion.job import PipelineJob, prepare
 from effcli.diffusion.verifying import verify
@@ -266,6 +266,7 @@ def _publish(job: PipelineJob, staged: Staging, last: str, report: PipelineOptim
         staging.link_or_copy(made / name, out / name)
     _write_provenance(job, report.passes, out, manifest)
     _write_reports(report, out / REPORT, out / PAGE)
+    signature.write(out, manifest)
     staged.publish(force=job.options.force)
 
 

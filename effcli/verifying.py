@@ -1,0 +1,153 @@
+"""``effcli verify``: whether a checkpoint is what its report says.
+
+::
+
+    SHA256SUMS   ──> every file is there, unchanged, and none was added
+    effcli.json  ──> the same recipe, source and passes as in report.json
+    report.json  ──> the fingerprint of the weights that were measured is that of the weights here
+    tensors      ──> the audit again: names, shapes, types, bits, NaN; the same rows as in the report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effcli import provenance, signature
+from effcli.checkpoint_files import CONFIG, find_weights, fingerprint, read_json
+from effcli.errors import BadInputError, SourceError
+from effcli.provenance import Provenance
+from effcli.recipes import from_mapping
+from effcli.reports.changes import mapping
+from effcli.reports.model import OPTIMIZE_SCHEMA, PIPELINE_OPTIMIZE_SCHEMA, REPORT_FILE, plain, read_report
+from effcli.sources import Source
+
+EXPORTED = "effcli-onnx.json"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found to be so.
+
+    Attributes
+    ----------
+    folder : str
+    signature : str
+        sha256 of ``SHA256SUMS``: one number for the whole folder.
+    checks : tuple of str
+        What holds, one line each.
+    notes : tuple of str
+        What could not be checked, and why.
+    """
+
+    folder: str
+    signature: str
+    checks: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def verify(folder: Path | str, *, expected: str | None = None) -> Verification:
+    """Check a folder that ``effcli optimize`` or ``effcli export`` wrote; nothing is loaded or run.
+
+    Parameters
+    ----------
+    folder : Path or str
+    expected : str, optional
+        The signature that the maker published; at least its first 12 digits.
+
+    Raises
+    ------
+    BadInputError
+        If it is no such folder, or the signature is another.
+    SourceError
+        Naming the first thing that is not as the report says.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInputError(f"'{folder}' is no folder; give the one that effcli optimize or effcli export wrote")
+    made = provenance.read(folder)
+    exported = (folder / EXPORTED).is_file()
+    if made is None and not exported:
+        raise BadInputError(f"'{folder}' has neither {provenance.FILE} nor {EXPORTED}, so effcli did not write it")
+    count, signed = signature.check(folder)
+    if expected is not None and (len(expected) < 12 or not signed.startswith(expected.lower())):
+        raise SourceError(f"'{folder}' has signature {signed}, not '{expected}': it is not the same checkpoint")
+    checks, notes = [f"sha256 of {count} files"], []
+    if made is None:
+        _check_exported(folder)
+        checks.append("the report is of these files")
+        notes.append("an exported model has no tensors of its own to audit: its weights were checked when it was made")
+        return Verification(str(folder), signed, tuple(checks), tuple(notes))
+    report = read_report(folder)
+    _check_provenance(folder, made, report)
+    checks.append(f"report and {provenance.FILE} name the same source, recipe and passes")
+    if report["schema"] == PIPELINE_OPTIMIZE_SCHEMA:
+        notes.append("a pipeline's tensors are not audited: the passes of this release change none of them on the disk")
+        return Verification(str(folder), signed, tuple(checks), tuple(notes))
+    _check_weights(folder, report)
+    checks.append("the weights are those that the report measured")
+    rows = _audit(folder, made, report)
+    checks.append(f"audit: {rows} classes of tensors as the report lists them, no NaN")
+    return Verification(str(folder), signed, tuple(checks), tuple(notes))
+
+
+def _check_provenance(folder: Path, made: Provenance, report: Mapping[str, Any]) -> None:
+    if report["schema"] not in (OPTIMIZE_SCHEMA, PIPELINE_OPTIMIZE_SCHEMA):
+        raise SourceError(f"'{folder / REPORT_FILE}' has schema {report['schema']!r}: it is no report of a checkpoint")
+    said = {
+        "recipe": (made.recipe, report.get("recipe")),
+        "source": (made.source.get("fingerprint"), mapping(report.get("source")).get("fingerprint")),
+        "passes": (plain(made.passes), report.get("passes")),
+    }
+    for what, (ours, theirs) in said.items():
+        if plain(ours) != theirs:
+            raise SourceError(
+                f"'{folder}': {what} in {provenance.FILE} and {REPORT_FILE} differ, so the report is of another "
+                "checkpoint; fetch both again"
+            )
+
+
+def _check_weights(folder: Path, report: Mapping[str, Any]) -> None:
+    weights = find_weights(folder, allow_pickle=False)
+    if weights is None:
+        raise SourceError(f"'{folder}' has no weights; fetch the checkpoint again")
+    found = fingerprint(weights.files)
+    measured = mapping(mapping(report.get("after")).get("model")).get("fingerprint")
+    if found != measured:
+        raise SourceError(
+            f"the weights in '{folder}' have fingerprint {found[:12]}… and the report measured {str(measured)[:12]}…: "
+            "it is of other weights"
+        )
+
+
+def _audit(folder: Path, made: Provenance, report: Mapping[str, Any]) -> int:
+    """Audit again, hold the rows against the report's, and return how many there are."""
+    from effcli import loading
+    from effcli.audit import audit
+    from effcli.quiet import quiet_transformers
+    from effcli.stored_tensors import AuditError
+
+    chain = from_mapping(made.recipe, f"the recipe in '{folder / provenance.FILE}'").chain()
+    with quiet_transformers():
+        model = loading.load(Source(str(folder), "folder", folder), config_only=True).model
+    size = mapping(report.get("size"))
+    try:
+        found = audit(folder, model, made.passes, chain, parameters=size.get("parameters"))
+    except AuditError as error:
+        raise SourceError(f"'{folder}' does not pass the audit: {error}") from None
+    if plain(found.rows) != report.get("audit") or found.stored_bytes != size.get("after_bytes"):
+        raise SourceError(f"the tensors in '{folder}' are not as the report's audit lists them: it is of other weights")
+    return len(found.rows)
+
+
+def _check_exported(folder: Path) -> None:
+    report = read_report(folder)
+    described = read_json(folder / EXPORTED)
+    if report.get("files") != described.get("files") or not described.get("files"):
+        raise SourceError(
+            f"'{folder}': the files in {EXPORTED} and {REPORT_FILE} differ, so the report is of another export"
+        )
+    if not (folder / CONFIG).is_file():
+        raise SourceError(f"'{folder}' has no {CONFIG}; fetch it again")
