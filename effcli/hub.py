@@ -49,7 +49,7 @@ class Snapshot:
     notes: tuple[str, ...] = ()
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def network_errors() -> tuple[type[Exception], ...]:
     """Return what a broken connection raises: httpx's error under huggingface_hub 1, httpx2's under 2."""
     clients = [import_module(name) for name in ("httpx", "httpx2") if find_spec(name)]
     return (ConnectionError, *(client.RequestError for client in clients))
@@ -77,7 +77,7 @@ class HubModel:
         """
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-        broken: tuple[type[Exception], ...] = (HfHubHTTPError, OfflineModeIsEnabled, *_network_errors())
+        broken: tuple[type[Exception], ...] = (HfHubHTTPError, OfflineModeIsEnabled, *network_errors())
         try:
             info = self._info()
         except broken as error:

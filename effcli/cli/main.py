@@ -24,6 +24,7 @@ from effcli.cli import (
     plan,
     profile,
     profilers,
+    push,
     report,
     verify,
 )
@@ -46,6 +47,7 @@ app.command("compare")(compare.command)
 app.command("gate")(gate.command)
 app.command("report")(report.command)
 app.command("verify")(verify.command)
+app.command("push")(push.command)
 app.command("doctor")(doctor.command)
 app.command("models")(models.command)
 app.command("profilers")(profilers.command)
