@@ -189,7 +189,7 @@ def _make(
                     progress=progress,
                 ),
             )
-        for path in _beside(config):
+        for path in files_beside(config):
             if not (folder / path.name).exists():
                 (folder / path.name).write_bytes(path.read_bytes())
         result = {"notes": list(notes)}
@@ -238,7 +238,7 @@ def _check_texts(recipe: Recipe) -> None:
         read_task(recipe.evaluation.tasks, seed=recipe.seed)
 
 
-def _beside(config: Path) -> list[Path]:
+def files_beside(config: Path) -> list[Path]:
     """Return the files beside a config that go along with a model: tokenizer, generation config, licence."""
     from effcli.assembly import is_companion
 
@@ -255,7 +255,7 @@ def _fingerprint(
 ) -> staging.Fingerprint:
     """Return what the source depends on, by part."""
     return {
-        "source": {path.name: sha256_of(path) for path in (config, *_beside(config))},
+        "source": {path.name: sha256_of(path) for path in (config, *files_beside(config))},
         "recipe": {"seed": recipe.seed, "evaluation context": recipe.evaluation.context, "pass": item.name}
         | dict(depends_on),
         "options": {"device": str(bare.device), "dtype": str(bare.dtype).removeprefix("torch.")},

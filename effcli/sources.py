@@ -90,6 +90,22 @@ def resolve(
     NoRoomError
         If a download does not fit the disk.
     """
+    options = {"config_only": config_only, "allow_pickle": allow_pickle}
+    found = resolve_local(spec, revision=revision, progress=progress, **options)
+    if found is not None:
+        return found
+    return _from_hub(spec, trust_remote_code=trust_remote_code, revision=revision, progress=progress, **options)
+
+
+def resolve_local(
+    spec: str,
+    *,
+    config_only: bool = False,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Source | None:
+    """Recognize ``spec`` as :func:`resolve` does; return None where only the hub can know it."""
     if not spec.strip():
         raise SourceError("the model's name is empty; give a folder, a .gguf file, a built-in name or a hub id")
     path = Path(spec).expanduser()
@@ -118,14 +134,7 @@ def resolve(
             f"'{spec}' is no file or folder here, no built-in model and no hub id (NAME or ORG/NAME); "
             f"built-in: {', '.join(builtin_models.CATALOGUE)}"
         )
-    return _from_hub(
-        spec,
-        config_only=config_only,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        progress=progress,
-    )
+    return None
 
 
 def _from_hub(
