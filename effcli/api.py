@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from effcli.errors import BadInputError
 from effcli.reports.model import PROFILE_SCHEMA, Environment, ModelInfo, ProfileReport, plain, read_report
@@ -28,12 +28,37 @@ if TYPE_CHECKING:
 
     from effcli.diffusion.opening import OpenedPipeline
     from effcli.loading import LoadedModel
+    from effcli.sources import Source
     from profilers.peaks import Peaks
 
 # The order in which profilers run and are shown; others follow by name.
 PROFILER_ORDER = ("latency", "intensity", "kv", "sinks", "energy", "outliers")
 
 VERSIONED_PACKAGES = ("effcli", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+
+
+class Kept(Protocol):
+    """What profiles in one process may share: the model that the last one loaded, the device's ceilings."""
+
+    def load(self, source: Source, **options: Any) -> LoadedModel:
+        """Do what :func:`effcli.loading.load` does, or return the model that was loaded so before."""
+        ...
+
+    def peaks(self, device: torch.device, dtypes: Sequence[torch.dtype], progress: Progress) -> Peaks:
+        """Do what :func:`profilers.peaks.measure_peaks` does, or return what was measured before."""
+        ...
+
+
+class _NothingKept:
+    def load(self, source: Source, **options: Any) -> LoadedModel:
+        from effcli import loading
+
+        return loading.load(source, **options)
+
+    def peaks(self, device: torch.device, dtypes: Sequence[torch.dtype], progress: Progress) -> Peaks:
+        from profilers.peaks import measure_peaks
+
+        return measure_peaks(device, dtypes, progress)
 
 
 def load_report(path: Path | str) -> dict[str, Any]:
@@ -113,6 +138,7 @@ def profile(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
+    kept: Kept | None = None,
 ) -> ProfileReport:
     """Measure a model on this device.
 
@@ -150,6 +176,8 @@ def profile(
         Where to report how far it is.
     command : str, optional
         What the report records as the way to repeat it.
+    kept : Kept, optional
+        What profiles of this process share, where there are many of them.
 
     Returns
     -------
@@ -165,12 +193,11 @@ def profile(
     from profilers import registry
 
     started = time.perf_counter()
-    progress = progress or SilentProgress()
+    progress, kept = progress or SilentProgress(), kept or _NothingKept()
     if refuse_inapplicable is None:
         refuse_inapplicable = only is not None
     names = tuple(only) if only is not None else _default_order(registry.names())
     with progress.task(f"profile {_name_of(model)}", total=len(names) + 1) as overall:
-        from profilers.peaks import measure_peaks
         from profilers.phases import check_context
         from profilers.timing import PhaseTimings
 
@@ -193,17 +220,15 @@ def profile(
             selected, skipped = _without_weights(selected, config_only, only is not None)
             # Once more after loading, where a roofline is drawn: on a shared machine a ceiling is the best of several.
             if not config_only and any(item.name == "intensity" for item in selected):
-                first = measure_peaks(chosen, loading.native_dtypes(chosen), progress)
-            loaded = loading.load(
-                source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust
-            )
+                first = kept.peaks(chosen, loading.native_dtypes(chosen), progress)
+            loaded = kept.load(source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust)
         else:
             loaded = _live(model, tokenizer)
             config_only = loaded.model.device.type == "meta"
             selected, skipped = _without_weights(selected, config_only, only is not None)
         for length in context or ():
             check_context(loaded.config, length)
-        peaks = measure_peaks(loaded.device, _dtypes(loaded), progress)
+        peaks = kept.peaks(loaded.device, _dtypes(loaded), progress)
         overall.advance()
         run_context = ProfileContext(
             model=loaded.model,

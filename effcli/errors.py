@@ -1,4 +1,4 @@
-"""One error root. Each error knows its exit code; one place (``effcli.cli.main``) turns errors into text.
+"""One error root. Each error knows its exit code; one place (:func:`explain`) turns errors into text.
 
 Exit codes: 0 fine, 1 a bug, 2 bad input, 3 a gate failed, 4 not enough memory or disk, 130 interrupted.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 a bug, 2 bad input, 3 a gate failed, 4 not enough memory o
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -52,3 +53,27 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(value, list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """Return the one line that says what went wrong, and the exit code, for any error."""
+    from passes.base import PassDoesNotFitError, PassError
+    from profilers.base import DoesNotFitError, ProfilerError
+
+    if isinstance(error, EffcliError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, (DoesNotFitError, PassDoesNotFitError)):
+        return f"error: {error}", EXIT_NO_ROOM
+    if isinstance(error, (ProfilerError, PassError)):
+        return f"error: {error}", EXIT_BAD_INPUT
+    if hasattr(error, "format_message"):  # typer's usage errors, whichever click they are built on
+        return f"error: {error.format_message()}", EXIT_BAD_INPUT
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"error: out of memory: {error}; try a smaller --batch or --context", EXIT_NO_ROOM
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"error: no space left on the disk of '{error.filename}'; free some or choose another place",
+            EXIT_NO_ROOM,
+        )
+    name = type(error).__name__
+    return f"bug: {name}: {error} (run again with EFFCLI_DEBUG=1 for the traceback and report it)", EXIT_BUG

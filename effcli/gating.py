@@ -3,7 +3,7 @@
 ::
 
     effcli.optimize/1, effcli.pipeline-optimize/1 ── before and after ──┐
-    effcli.profile/1, effcli.eval/1 ─────────────── one measurement ────┴──> Values ──gates──> GateResult, one a gate
+    effcli.profile/1, pipeline-profile/1, eval/1 ── one measurement ────┴──> Values ──gates──> GateResult, one a gate
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from effcli.reports.model import (
     EVAL_SCHEMA,
     OPTIMIZE_SCHEMA,
     PIPELINE_OPTIMIZE_SCHEMA,
+    PIPELINE_PROFILE_SCHEMA,
     PROFILE_SCHEMA,
 )
 from effcli.reports.optimize_model import GateResult
@@ -88,6 +89,7 @@ def values(report: Mapping[str, Any]) -> Values:
         OPTIMIZE_SCHEMA: _of_optimize,
         PIPELINE_OPTIMIZE_SCHEMA: _of_pipeline,
         PROFILE_SCHEMA: _of_one_profile,
+        PIPELINE_PROFILE_SCHEMA: _of_pipeline_profile,
         EVAL_SCHEMA: _of_evaluation,
     }
     schema = report.get("schema")
@@ -212,3 +214,15 @@ def _of_pipeline(report: dict[str, Any]) -> Values:
         "lpips": str(like.get("lpips_reason") or "not measured"),
     }
     return Values(gates.PIPELINE_METRICS, before, after, reasons)
+
+
+def _of_pipeline_profile(report: dict[str, Any]) -> Values:
+    denoising = mapping(report.get("denoising"))
+    after = {
+        "time": number(mapping(denoising.get("run_seconds")).get("p50")),
+        "denoiser_time": number(denoising.get("denoiser_seconds")),
+    }
+    reasons = dict.fromkeys(gates.PIPELINE_METRICS, _ONE)
+    if not denoising:
+        reasons |= dict.fromkeys(after, "the profile holds no timing")
+    return Values(gates.PIPELINE_METRICS, {}, after, reasons)

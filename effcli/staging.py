@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from effcli import provenance
 from effcli.checkpoint_files import CONFIG, PIPELINE, sha256_of
 from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, SourceError
@@ -40,8 +41,15 @@ _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 # What safetensors says when the operating system refuses a write: its error carries the number only as text.
 _NO_ROOM_TEXTS = ("os error 28", "os error 122", "StorageFull", "No space left", "Disk quota exceeded")
 
+JOB_FILES = frozenset({"report.json", "report.html", "result.json"})
+"""What the folder of a batch's job holds that made no checkpoint."""
+
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """What the work depends on, by part: ``source``, ``recipe``, ``texts``, ``options``, ``versions``."""
+
+
+class UnusableWorkError(SourceError):
+    """Staged work that this run cannot go on with: of another run, or damaged."""
 
 
 def folder_for(target: Path) -> Path:
@@ -79,7 +87,8 @@ def check_target(target: Path, source: Path | None, *, force: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise BadInputError(f"output '{target}' exists; add --force to replace it, or choose another name")
-        if not any((target / name).is_file() for name in (CONFIG, PIPELINE)):
+        checkpoint = any((target / name).is_file() for name in (CONFIG, PIPELINE))
+        if not checkpoint and not {path.name for path in target.iterdir()} <= JOB_FILES:
             raise BadInputError(
                 f"output '{target}' is no checkpoint (it has no {CONFIG}), so --force does not replace it; "
                 "choose another name, or remove it yourself"
@@ -200,8 +209,9 @@ class Staging:
             path.chmod(new_file_mode())
             _sync(path)
         _sync(self.out)
-        self._state["published"] = sha256_of(self.out / "effcli.json")
-        self._write()
+        if (self.out / provenance.FILE).is_file():
+            self._state["published"] = sha256_of(self.out / provenance.FILE)
+            self._write()
         aside = self.folder / _REPLACED
         if self.target.is_dir() and any(self.target.iterdir()):
             if not force:
@@ -259,7 +269,7 @@ class Staging:
     def _continue(self, state: dict[str, Any], fingerprint: Fingerprint) -> None:
         differences = changed(state["fingerprint"], fingerprint)
         if differences:
-            raise BadInputError(
+            raise UnusableWorkError(
                 f"cannot resume the work in '{self.folder}': {differences}; run again as before to resume, or with "
                 "--force to drop it and start again"
             )
@@ -276,7 +286,7 @@ class Staging:
             path = self.path(stage) / name
             if not path.is_file() or sha256_of(path) != expected:
                 what = "is damaged (its sha256 is not the recorded one)" if path.is_file() else "is missing"
-                raise SourceError(
+                raise UnusableWorkError(
                     f"staged file '{path}' {what}; remove the folder '{self.path(stage)}' and run again with --resume "
                     "to redo its stage, or with --force to start again"
                 )
@@ -306,9 +316,9 @@ def open_staging(target: Path, fingerprint: Fingerprint, *, resume: bool, force:
     Raises
     ------
     BadInputError
-        If there is unfinished work and neither is asked for, another run uses it, or it is of another fingerprint.
-    SourceError
-        If a staged file is damaged.
+        If there is unfinished work and neither is asked for, or another run uses it.
+    UnusableWorkError
+        If it is to be resumed and is of another fingerprint, or a staged file is damaged.
     NoRoomError
         If the disk is full, here or in the block.
     """
@@ -353,7 +363,7 @@ def published_earlier(target: Path) -> bool:
     """Say whether an earlier run renamed its checkpoint into place and was stopped before it could clean up."""
     state = _read_state(folder_for(target) / _STATE)
     expected = None if state is None else state.get("published")
-    record = target / "effcli.json"
+    record = target / provenance.FILE
     return expected is not None and record.is_file() and sha256_of(record) == expected
 
 
@@ -373,7 +383,7 @@ def _read_state(path: Path) -> dict[str, Any] | None:
         problem = f"has format {state['format']!r}, not {FORMAT!r}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"cannot be read ({error})"
-    raise SourceError(f"'{path}' {problem}; remove the folder '{path.parent}' to start again")
+    raise UnusableWorkError(f"'{path}' {problem}; remove the folder '{path.parent}' to start again")
 
 
 def changed(old: Fingerprint, new: Fingerprint) -> str:

@@ -72,8 +72,6 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        # The worker imports what this process imports, wherever it runs.
-        path = os.pathsep.join(item or os.getcwd() for item in sys.path)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - see stop
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "effcli.worker"],
@@ -82,7 +80,7 @@ class Worker:
             stderr=self._log,
             text=True,
             encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": import_path()},
             process_group=0,  # ended as a whole
         )
 
@@ -155,6 +153,11 @@ class Worker:
         log.write_text(text, encoding="utf-8")
         tail = " | ".join(text.strip().splitlines()[-_LOG_LINES:]) or "no message"
         raise WorkerError(f"the worker of '{job}' stopped with code {code}: {tail} (see {log})")
+
+
+def import_path() -> str:
+    """Return the ``PYTHONPATH`` with which another process imports what this one does, wherever it runs."""
+    return os.pathsep.join(item or os.getcwd() for item in sys.path)
 
 
 def _relay(process: subprocess.Popen[str], progress: Progress) -> tuple[int | None, Exception | None]:

@@ -75,8 +75,7 @@ def memory_total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     _require_cpu(device)
-    total = int(psutil.virtual_memory().total)
-    return min([total, *(group.limit_bytes for group in _memory_groups())])
+    return machine_memory_bytes()[0]
 
 
 def memory_available_bytes(device: torch.device) -> int:
@@ -96,8 +95,16 @@ def memory_available_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     _require_cpu(device)
-    available = int(psutil.virtual_memory().available)
-    return min([available, *(max(0, group.limit_bytes - group.used_bytes) for group in _memory_groups())])
+    return machine_memory_bytes()[1]
+
+
+def machine_memory_bytes() -> tuple[int, int]:
+    """Return the bytes of memory that this process may use, and how many of them are free; needs no torch."""
+    found, groups = psutil.virtual_memory(), _memory_groups()
+    return (
+        min([int(found.total), *(group.limit_bytes for group in groups)]),
+        min([int(found.available), *(max(0, group.limit_bytes - group.used_bytes) for group in groups)]),
+    )
 
 
 @dataclass

@@ -5,7 +5,6 @@ Nothing here imports torch or transformers: ``effcli --help`` must stay as fast 
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from effcli.cli import (
     report,
     verify,
 )
-from effcli.errors import EXIT_BAD_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_NO_ROOM, EXIT_OK, EffcliError
+from effcli.errors import EXIT_INTERRUPTED, EXIT_OK, explain
 
 app = typer.Typer(
     name="effcli",
@@ -96,31 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        return _say(*_explain(error))
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """Return the line to print and the exit code for ``error``."""
-    from passes.base import PassDoesNotFitError, PassError
-    from profilers.base import DoesNotFitError, ProfilerError
-
-    if isinstance(error, EffcliError):
-        return f"error: {error}", error.exit_code
-    if isinstance(error, (DoesNotFitError, PassDoesNotFitError)):
-        return f"error: {error}", EXIT_NO_ROOM
-    if isinstance(error, (ProfilerError, PassError)):
-        return f"error: {error}", EXIT_BAD_INPUT
-    if hasattr(error, "format_message"):  # typer's usage errors, whichever click they are built on
-        return f"error: {error.format_message()}", EXIT_BAD_INPUT
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"error: out of memory: {error}; try a smaller --batch or --context", EXIT_NO_ROOM
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"error: no space left on the disk of '{error.filename}'; free some or choose another place",
-            EXIT_NO_ROOM,
-        )
-    name = type(error).__name__
-    return f"bug: {name}: {error} (run again with EFFCLI_DEBUG=1 for the traceback and report it)", EXIT_BUG
+        return _say(*explain(error))
 
 
 def _say(line: str, code: int) -> int:
