@@ -86,6 +86,17 @@ def seconds(value: float | None) -> str:
     return _scaled(value, "s", _SMALL)
 
 
+def duration(value: float | None) -> str:
+    """Format a time that people wait for: ``8.40 s``, ``3 min 20 s``, ``2 h 05 min``, ``1 d 4 h``."""
+    if value is None or value < 99.5:
+        return seconds(value)
+    whole = round(value)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min {whole % 60:02} s"
+
+
 def percent(value: float | None) -> str:
     """Format a fraction: ``28 %``; below 10 % with one decimal, and never 0 unless it is."""
     if value is None:

@@ -1,0 +1,167 @@
+"""Whether what an earlier run of a batch finished is still good, and if not, why its job runs again.
+
+A job is kept where the journal says that it passed with the fingerprint that it has now, and its report is still there,
+byte for byte. Gates are no part of the work: where only they changed, they are held against the saved report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from effcli.batch.journal import Record
+from effcli.batch.model import Job, Outcome
+from effcli.checkpoint_files import sha256_of
+from effcli.errors import EXIT_GATE_FAILED, EXIT_OK, BadInputError
+
+
+class Fingerprinting(Protocol):
+    """What :class:`effcli.batch.fingerprint.Fingerprints` does for the driver."""
+
+    def of(self, job: Job) -> Mapping[str, Any]:
+        """Return what the job depends on, JSON-ready."""
+        ...
+
+    def difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        """Say in words what changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done about a job.
+
+    Attributes
+    ----------
+    fingerprint : dict
+        What the job depends on: ``job``, ``gates`` and, by job, the report of the ``output_of`` that is its model.
+    kept : Outcome or None
+        Of the earlier run, with gates that failed since; None where the job has to run.
+    why : str
+        Why it has to run.
+    """
+
+    fingerprint: dict[str, Any]
+    kept: Outcome | None
+    why: str = ""
+
+
+class Keeper:
+    """Judges the jobs of one output.
+
+    Parameters
+    ----------
+    output : str
+    fingerprints : Fingerprinting
+    records : dict of str to Record
+        What the journal says.
+    """
+
+    def __init__(self, output: str, fingerprints: Fingerprinting, records: Mapping[str, Record]) -> None:
+        self._output = output
+        self._fingerprints = fingerprints
+        self._records = dict(records)
+
+    def judge(self, job: Job, model_report: str | None) -> Verdict:
+        """Say whether a job is kept; asked a second time about a job, it is not.
+
+        Parameters
+        ----------
+        job : Job
+        model_report : str or None
+            The sha256 of the report of ``job.model_from``.
+
+        Raises
+        ------
+        effcli.errors.EffcliError
+            If the job's model cannot be found or read.
+        """
+        work, gates = _without_gates(job)
+        fingerprint: dict[str, Any] = {"job": dict(self._fingerprints.of(work)), "gates": list(gates)}
+        if job.model_from is not None:
+            fingerprint["output_of"] = {job.model_from: model_report}
+        record = self._records.pop(job.name, None)
+        if record is None:
+            return Verdict(fingerprint, None, "new")
+        if record.passed is None:
+            return Verdict(fingerprint, None, _tried(record))
+        outcome, recorded = record.passed.outcome, record.passed.fingerprint or {}
+        assert outcome is not None
+        if {**recorded, "gates": None} != {**fingerprint, "gates": None}:
+            return Verdict(fingerprint, None, self._changed(recorded, fingerprint))
+        if not self._is_there(outcome):
+            return Verdict(fingerprint, None, f"its output '{outcome.report or job.name}' is gone or was changed")
+        if recorded["gates"] == fingerprint["gates"]:
+            return Verdict(fingerprint, outcome)
+        regated = self._regated(outcome, gates)
+        return Verdict(fingerprint, regated, "" if regated else "its gates ask for what was not measured")
+
+    def estimate_seconds(self, job: str) -> float | None:
+        """Return how long a job took when it last passed, None where it never did."""
+        record = self._records.get(job)
+        return None if record is None or record.passed is None else _seconds(record.passed.outcome)
+
+    def _changed(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        if old.get("job") != new["job"]:
+            return f"changed: {self._fingerprints.difference(old.get('job') or {}, new['job'])}"
+        return f"changed: its model, the output of '{next(iter(new['output_of']))}'"
+
+    def _is_there(self, outcome: Outcome) -> bool:
+        if outcome.report is None or outcome.report_sha256 is None:
+            return False
+        path = Path(self._output) / outcome.report
+        return path.is_file() and sha256_of(path) == outcome.report_sha256
+
+    def _regated(self, outcome: Outcome, gates: Sequence[str]) -> Outcome | None:
+        """Return the outcome under other gates, None where the report does not hold what they ask for."""
+        from effcli.gating import check
+
+        assert outcome.report is not None
+        results = check(json.loads((Path(self._output) / outcome.report).read_text(encoding="utf-8")), gates)
+        if any(result.measured is None for result in results):
+            return None
+        failed = [f"gate '{result.gate}' failed: {result.explanation}" for result in results if not result.passed]
+        if not failed:
+            return replace(outcome, status="passed", exit_code=EXIT_OK)
+        message = f"{'; '.join(failed)}. What was published under the earlier gates is left as it is"
+        return replace(outcome, status="gate-failed", exit_code=EXIT_GATE_FAILED, message=message)
+
+
+def check_needs(jobs: Sequence[Job], known: Iterable[str] = ()) -> None:
+    """Refuse a job that needs one that is neither among the jobs nor known.
+
+    Raises
+    ------
+    BadInputError
+    """
+    names = {job.name for job in jobs}.union(known)
+    for job in jobs:
+        missing = next((need for need in job.needs if need not in names), None)
+        if missing is not None:
+            raise BadInputError(f"job '{job.name}' needs the job '{missing}', which is not in this batch; add it")
+
+
+def _without_gates(job: Job) -> tuple[Job, tuple[str, ...]]:
+    recipe = job.settings.get("recipe")
+    if not isinstance(recipe, Mapping):
+        return job, ()
+    bare = {key: value for key, value in recipe.items() if key != "gates"}
+    return replace(job, settings={**job.settings, "recipe": bare}), tuple(recipe.get("gates") or ())
+
+
+def _tried(record: Record) -> str:
+    """Say how it ended before, of a job that never passed."""
+    last = record.last
+    if last.event == "finished" and last.outcome is not None:
+        how = "its gates failed before" if last.outcome.status == "gate-failed" else "failed before"
+        return f"{how}: {last.outcome.message}"
+    if last.event == "started":
+        return "was not finished before"
+    return f"was {last.event} before: {last.reason}"
+
+
+def _seconds(outcome: Outcome | None) -> float | None:
+    return None if outcome is None else outcome.seconds
