@@ -14,16 +14,16 @@ the same command run again goes on where this one ended, however it ended.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from effcli.batch import locking
 from effcli.batch.engine import Engine, JobSource, View
+from effcli.batch.faults import failure, room, writable
 from effcli.batch.journal import Entry, Journal
 from effcli.batch.keeping import Fingerprinting, Keeper, check_needs
 from effcli.batch.locking import is_url, state_folder
@@ -36,9 +36,7 @@ from effcli.errors import (
     EXIT_NO_ROOM,
     EXIT_OK,
     BadInputError,
-    EffcliError,
     InterruptedRunError,
-    NoRoomError,
 )
 from effcli.formatting import duration
 
@@ -49,8 +47,6 @@ _ROUND_SECONDS = 0.5
 """How long it looks for jobs to start (large models take long to hash) before it looks at events again."""
 _FULL_BYTES = 16 * 10**6
 """With less free, a job that found no room shows that the disk is full, and not that the job is large."""
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _GOOD: frozenset[Stage] = frozenset({"kept", "passed"})
 _OPEN: frozenset[Stage] = frozenset({"waiting", "running"})
 
@@ -118,8 +114,8 @@ def run(
     check_needs(jobs)
     folder = state or state_folder(output)
     with ExitStack() as stack:
-        stack.enter_context(_room(output))
-        with _writable(output):
+        stack.enter_context(room(output))
+        with writable(output):
             folder.mkdir(parents=True, exist_ok=True)
             if not is_url(output):
                 (Path(output) / LOGS).mkdir(parents=True, exist_ok=True)
@@ -278,7 +274,7 @@ class _Batch:
                 return False
             reason = self._engine.cannot_run(job)
         except Exception as error:  # noqa: BLE001 - a model that cannot be read fails its job; the others go on
-            self._settle(state, "failed", _failure(error))
+            self._settle(state, "failed", failure(error))
             return False
         if reason is not None:
             self._settle(state, "failed", Outcome("failed", f"cannot run: {reason}", EXIT_NO_ROOM))
@@ -409,42 +405,3 @@ def _like(job: Job) -> tuple[object, ...]:
     """Return what an engine's answer to an offer depends on: refused one, the next of its like is not offered."""
     labels = tuple(sorted(job.labels.items()))
     return (job.kind, job.model, job.model_from, job.part, job.device, job.dtype, job.gpus, job.limits, labels)
-
-
-def _failure(error: Exception) -> Outcome:
-    """Return the outcome of a job that failed before it could be offered."""
-    from passes.base import PassError
-    from profilers.base import ProfilerError
-
-    if isinstance(error, EffcliError):
-        return Outcome("failed", str(error), error.exit_code)
-    if isinstance(error, (PassError, ProfilerError)):
-        return Outcome("failed", str(error), 2)
-    return Outcome("failed", f"bug: {type(error).__name__}: {error}", EXIT_BUG)
-
-
-@contextlib.contextmanager
-def _room(output: str) -> Iterator[None]:
-    """Turn a full disk into one line that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise NoRoomError(
-                f"the disk of '{output}' is full; every finished job is kept: free some space and run the same "
-                "command again to go on"
-            ) from None
-        raise
-
-
-@contextlib.contextmanager
-def _writable(output: str) -> Iterator[None]:
-    """Turn a folder that cannot be made or written into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NOT_ALLOWED:
-            raise BadInputError(
-                f"cannot write '{error.filename or output}' ({error.strerror}); choose another --output"
-            ) from None
-        raise

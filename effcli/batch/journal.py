@@ -156,7 +156,7 @@ def read(folder: Path) -> dict[str, Record]:
 def _replay(path: Path) -> tuple[dict[str, Record], int, bool]:
     """Return the records, how many lines they came from, and whether the file ends as it should."""
     records: dict[str, Record] = {}
-    lines = 0
+    lines, whole = 0, False
     try:
         with path.open("rb") as file:
             for number, raw, last in _lines(file):
@@ -172,13 +172,14 @@ def _replay(path: Path) -> tuple[dict[str, Record], int, bool]:
                     ) from None
                 if last and not raw.endswith(b"\n"):
                     return records, lines, False
+                whole = True
                 if entry is not None:
                     lines += 1
                     known = records.get(entry.job)
                     records[entry.job] = Record(entry).then(entry) if known is None else known.then(entry)
     except FileNotFoundError:
         return {}, 0, False
-    return records, lines, True
+    return records, lines, whole
 
 
 def _lines(file: Any) -> Iterator[tuple[int, bytes, bool]]:

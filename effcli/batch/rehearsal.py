@@ -117,11 +117,13 @@ def _total(plans: Sequence[_Plan]) -> str:
         "to run": len(running),
         "that cannot": sum(plan.what == "cannot run" for plan in plans),
     }
-    line = f"{len(plans)} jobs: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    line = f"{len(plans)} job{'' if len(plans) == 1 else 's'}: " + ", ".join(
+        f"{count} {name}" for name, count in counts.items() if count
+    )
     if not running:
         return line
     unknown = len(running) - len(known)
     if not known:
         return f"{line}; how long is not known"
-    more = f", and that of {unknown} jobs that never ran" if unknown else ""
+    more = f", and {unknown} whose time is not known" if unknown else ""
     return f"{line}; about {duration(sum(known))} of work{more}"
