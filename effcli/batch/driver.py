@@ -24,11 +24,12 @@ from pathlib import Path
 from effcli.batch import locking
 from effcli.batch.engine import Engine, JobSource, View
 from effcli.batch.faults import failure, room, writable
-from effcli.batch.journal import Entry, Journal
+from effcli.batch.journal import Entry, Journal, Kind
 from effcli.batch.keeping import Fingerprinting, Keeper, check_needs
-from effcli.batch.locking import is_url, state_folder
+from effcli.batch.locking import state_folder
 from effcli.batch.model import STATE_FOLDER, Event, Job, JobState, Outcome, Stage
 from effcli.batch.rehearsal import dry_run as dry_run
+from effcli.batch.storage import is_url
 from effcli.disk import free_bytes
 from effcli.errors import (
     EXIT_BUG,
@@ -36,6 +37,7 @@ from effcli.errors import (
     EXIT_NO_ROOM,
     EXIT_OK,
     BadInputError,
+    EffcliError,
     InterruptedRunError,
 )
 from effcli.formatting import duration
@@ -206,8 +208,9 @@ class _Batch:
     def stop_all(self, reason: str) -> None:
         """Stop every running job, and note why."""
         for state in tuple(self._running.values()):
-            self._stop(state, reason)
-            state.stage = "waiting"
+            if self._stop(state, reason):
+                self._clear(state)
+                state.stage = "waiting"
 
     def _add(self, job: Job, source: JobSource | None = None) -> None:
         if job.name in self.states:
@@ -265,30 +268,34 @@ class _Batch:
         job = state.job
         if job.name in self._fingerprints:
             return True
+        model = self.states[job.model_from].outcome if job.model_from is not None else None
         try:
-            model = self.states[job.model_from].outcome if job.model_from is not None else None
             verdict = self._keeper.judge(job, None if model is None else model.report_sha256)
-            if verdict.kept is not None:
-                kept = verdict.kept
-                self._settle(state, "kept" if kept.status == "passed" else kept.status, kept)
-                return False
-            reason = self._engine.cannot_run(job)
+            reason = self._engine.cannot_run(job) if verdict.kept is None else None
         except Exception as error:  # noqa: BLE001 - a model that cannot be read fails its job; the others go on
             self._settle(state, "failed", failure(error))
             return False
-        if reason is not None:
-            self._settle(state, "failed", Outcome("failed", f"cannot run: {reason}", EXIT_NO_ROOM))
-            return False
         self._fingerprints[job.name] = verdict.fingerprint
-        return True
+        if verdict.kept is not None:
+            if verdict.unnoted:
+                self._note(state, "finished", outcome=verdict.kept)
+            self._settle(state, "kept" if verdict.kept.status == "passed" else verdict.kept.status, verdict.kept)
+        elif reason is not None:
+            self._settle(state, "failed", Outcome("failed", f"cannot run: {reason}", EXIT_NO_ROOM))
+        return state.stage == "waiting"
 
     def _offer(self, state: JobState) -> bool:
-        job = state.job
-        if not self._engine.offer(job, self._output, f"{self._output}/{state.log}", state.attempt + 1):
-            return False
+        job, now = state.job, time.time()
+        try:
+            if not self._engine.offer(job, self._output, f"{self._output}/{state.log}", state.attempt + 1):
+                return False
+        except EffcliError as error:
+            self._settle(state, "failed", failure(error))
+            return True
         state.attempt += 1
-        state.stage, state.started, state.ended, state.outcome = "running", time.time(), None, None
+        state.stage, state.started, state.ended, state.worker, state.outcome = "running", now, None, None, None
         self._running[job.name] = self._waiting.pop(job.name)
+        self._note(state, "started")
         self._set_deadline(job)
         self._show(state)
         return True
@@ -303,25 +310,32 @@ class _Batch:
             state.memory_bytes, state.gpu_memory_bytes = event.memory_bytes, event.gpu_memory_bytes
             self._show(state, event)
         elif event.kind == "started":
-            state.started = time.time()
             self._set_deadline(state.job)
-            self._journal.append(Entry("started", event.job, time.time(), state.attempt, event.worker))
             self._show(state, event)
         elif event.kind == "lost":
-            reason = event.reason or "no reason is known"
-            self._journal.append(Entry("lost", event.job, time.time(), state.attempt, event.worker, reason))
-            times = "" if state.attempt == 1 else f" {state.attempt} times, last"
-            message = f"its worker was lost{times}: {reason}; see '{state.log}', or raise limits.retries"
-            self._end(state, Outcome("failed", message, EXIT_BUG, retry=True), event)
+            self._take_lost(state, event)
         elif event.outcome is not None:
-            fingerprint = self._fingerprints[event.job]
-            self._journal.append(
-                Entry(
-                    "finished", event.job, time.time(), state.attempt, event.worker,
-                    fingerprint=fingerprint, outcome=event.outcome,
-                )
-            )  # fmt: skip
+            self._note(state, "finished", outcome=event.outcome)
             self._end(state, event.outcome, event)
+
+    def _take_lost(self, state: JobState, event: Event) -> None:
+        reason = event.reason or "no reason is known"
+        self._note(state, "lost", reason)
+        if self._was_published(state, event):
+            return
+        times = "" if state.attempt == 1 else f" {state.attempt} times, last"
+        message = f"its worker was lost{times}: {reason}; see '{state.log}', or raise limits.retries"
+        self._end(state, Outcome("failed", message, EXIT_BUG, retry=True), event)
+
+    def _was_published(self, state: JobState, event: Event | None = None) -> bool:
+        """Take a job for finished that was killed after it had published its output."""
+        assert state.started is not None
+        outcome = self._keeper.published(state.job, state.started)
+        if outcome is None:
+            return False
+        self._note(state, "finished", outcome=outcome)
+        self._settle(state, outcome.status, outcome, event)
+        return True
 
     def _end(self, state: JobState, outcome: Outcome, event: Event) -> None:
         """End an attempt: the job has ended, or is tried again."""
@@ -383,18 +397,22 @@ class _Batch:
             state = self._running[name]
             limit = duration(state.job.limits.time_seconds)
             reason = f"took longer than its limit of {limit}; raise limits.time, or make the job smaller"
-            fingerprint = self._fingerprints[name]
-            self._stop(state, reason)
-            outcome = Outcome("failed", reason, EXIT_BUG, seconds=state.job.limits.time_seconds or 0.0)
-            entry = Entry(
-                "finished", name, time.time(), state.attempt, state.worker, fingerprint=fingerprint, outcome=outcome
-            )
-            self._journal.append(entry)
-            self._settle(state, "failed", outcome)
+            if self._stop(state, reason):
+                outcome = Outcome("failed", reason, EXIT_BUG, seconds=state.job.limits.time_seconds or 0.0)
+                self._note(state, "finished", outcome=outcome)
+                self._settle(state, "failed", outcome)
 
-    def _stop(self, state: JobState, reason: str) -> None:
+    def _stop(self, state: JobState, reason: str) -> bool:
+        """Stop a running job; say whether that was in time, and it has not finished after all."""
         self._engine.stop(state.job.name)
-        self._journal.append(Entry("stopped", state.job.name, time.time(), state.attempt, state.worker, reason))
+        self._note(state, "stopped", reason)
+        return not self._was_published(state)
+
+    def _note(self, state: JobState, kind: Kind, reason: str | None = None, outcome: Outcome | None = None) -> None:
+        """Write a line of the journal; that an attempt started is dated before anything that it wrote."""
+        at = state.started if kind == "started" and state.started is not None else time.time()
+        fingerprint = self._fingerprints[state.job.name] if kind in ("started", "finished") else None
+        self._journal.append(Entry(kind, state.job.name, at, state.attempt, state.worker, reason, fingerprint, outcome))
 
     def _show(self, state: JobState, event: Event | None = None) -> None:
         if self._view is not None:

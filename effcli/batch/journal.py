@@ -3,8 +3,8 @@
 ::
 
     {"format": "effcli.journal/1"}
-    {"event": "started",  "job": "smol.w4", "time": …, "attempt": 1, "worker": "local 0 (pid 4711)"}
-    {"event": "finished", "job": "smol.w4", "time": …, "attempt": 1, "outcome": {…}, "fingerprint": {…}}
+    {"event": "started",  "job": "smol.w4", "time": …, "attempt": 1, "fingerprint": {…}}
+    {"event": "finished", "job": "smol.w4", "time": …, "attempt": 1, "fingerprint": {…}, "outcome": {…}}
     {"event": "lost",     "job": …, "reason": …}       its worker is gone
     {"event": "stopped",  "job": …, "reason": …}       Ctrl-C, or its time limit
 
@@ -52,7 +52,7 @@ class Entry:
     reason : str or None
         Of ``lost`` and ``stopped``.
     fingerprint : mapping or None
-        What the job depended on, as it was when the attempt began.
+        Of ``started`` and ``finished``: what the job depended on when the attempt began.
     outcome : Outcome or None
         Of ``finished``.
     """

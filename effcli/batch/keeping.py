@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from effcli.batch.journal import Record
+from effcli.batch.journal import Entry, Record
 from effcli.batch.model import Job, Outcome
+from effcli.batch.storage import Storage, is_url
 from effcli.checkpoint_files import sha256_of
 from effcli.errors import EXIT_GATE_FAILED, EXIT_OK, BadInputError
+from effcli.reports.model import read_report
 
 
 class Fingerprinting(Protocol):
@@ -42,11 +44,14 @@ class Verdict:
         Of the earlier run, with gates that failed since; None where the job has to run.
     why : str
         Why it has to run.
+    unnoted : bool
+        Whether the journal does not know yet that it is finished: the driver was killed just then.
     """
 
     fingerprint: dict[str, Any]
     kept: Outcome | None
     why: str = ""
+    unnoted: bool = False
 
 
 class Keeper:
@@ -86,17 +91,30 @@ class Keeper:
         record = self._records.pop(job.name, None)
         if record is None:
             return Verdict(fingerprint, None, "new")
+        if record.last.event == "started" and record.last.fingerprint == fingerprint:
+            outcome = self.published(job, record.last.time)
+            if outcome is not None:
+                return Verdict(fingerprint, outcome, unnoted=True)
         if record.passed is None:
             return Verdict(fingerprint, None, _tried(record))
-        outcome, recorded = record.passed.outcome, record.passed.fingerprint or {}
+        return self._judge_passed(record.passed, fingerprint)
+
+    def published(self, job: Job, since: float) -> Outcome | None:
+        """Return how an attempt ended that published its output and was killed before the journal knew; else None."""
+        from effcli.batch.running import published
+
+        return None if is_url(self._output) else published(job, self._output, since)
+
+    def _judge_passed(self, passed: Entry, fingerprint: dict[str, Any]) -> Verdict:
+        outcome, recorded = passed.outcome, passed.fingerprint or {}
         assert outcome is not None
         if {**recorded, "gates": None} != {**fingerprint, "gates": None}:
             return Verdict(fingerprint, None, self._changed(recorded, fingerprint))
         if not self._is_there(outcome):
-            return Verdict(fingerprint, None, f"its output '{outcome.report or job.name}' is gone or was changed")
+            return Verdict(fingerprint, None, f"its output '{outcome.report}' is gone or was changed")
         if recorded["gates"] == fingerprint["gates"]:
             return Verdict(fingerprint, outcome)
-        regated = self._regated(outcome, gates)
+        regated = self._regated(outcome, fingerprint["gates"])
         return Verdict(fingerprint, regated, "" if regated else "its gates ask for what was not measured")
 
     def estimate_seconds(self, job: str) -> float | None:
@@ -112,6 +130,9 @@ class Keeper:
     def _is_there(self, outcome: Outcome) -> bool:
         if outcome.report is None or outcome.report_sha256 is None:
             return False
+        if is_url(self._output):
+            storage = Storage(self._output)
+            return storage.exists(outcome.report) and storage.sha256(outcome.report) == outcome.report_sha256
         path = Path(self._output) / outcome.report
         return path.is_file() and sha256_of(path) == outcome.report_sha256
 
@@ -120,7 +141,11 @@ class Keeper:
         from effcli.gating import check
 
         assert outcome.report is not None
-        results = check(json.loads((Path(self._output) / outcome.report).read_text(encoding="utf-8")), gates)
+        if is_url(self._output):
+            report = json.loads(Storage(self._output).read(outcome.report))
+        else:
+            report = read_report(Path(self._output) / outcome.report)
+        results = check(report, gates)
         if any(result.measured is None for result in results):
             return None
         failed = [f"gate '{result.gate}' failed: {result.explanation}" for result in results if not result.passed]

@@ -16,19 +16,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from effcli.batch.model import STATE_FOLDER
+from effcli.batch.storage import is_url
 from effcli.errors import BadInputError
 
 FILE = "lock"
 _HOLDER = "lock.json"
 
 
-def is_url(output: str) -> bool:
-    """Say whether an output is a URL, and not a local folder."""
-    return "://" in output
-
-
 def state_folder(output: str) -> Path:
-    """Return where the journal and the lock of an output lie: in it, or for a URL in the user's state folder."""
+    """Return where the journal and the lock of an output lie: in it, or for a URL in the user's state folder.
+
+    A URL has no lock that every machine sees: drivers of one URL have to run on one machine, as one user.
+    """
     if not is_url(output):
         return Path(output) / STATE_FOLDER
     import platformdirs

@@ -117,9 +117,8 @@ def _total(plans: Sequence[_Plan]) -> str:
         "to run": len(running),
         "that cannot": sum(plan.what == "cannot run" for plan in plans),
     }
-    line = f"{len(plans)} job{'' if len(plans) == 1 else 's'}: " + ", ".join(
-        f"{count} {name}" for name, count in counts.items() if count
-    )
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    line = f"{len(plans)} job{'' if len(plans) == 1 else 's'}: {parts}"
     if not running:
         return line
     unknown = len(running) - len(known)

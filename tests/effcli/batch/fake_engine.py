@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from effcli.batch.model import Event, Job, JobState, Limits, Outcome
+from effcli.batch.storage import Storage
 from effcli.errors import BadInputError
 
 LOST = "lost"
@@ -113,7 +113,7 @@ class FakeEngine:
             self._say(job, "lost", reason="killed by signal 9")
             return True
         self._say(job, "progress", stage="half of it", done=0.5, memory_bytes=10**9)
-        outcome = act if isinstance(act, Outcome) else publish(Path(output), job, self.report(job))
+        outcome = act if isinstance(act, Outcome) else publish(output, job, self.report(job))
         self._say(job, "finished", outcome=outcome)
         return True
 
@@ -135,19 +135,13 @@ class FakeEngine:
         self._events.append(Event(job.name, kind, "fake 0", 0.0, **more))
 
 
-def publish(output: Path, job: Job, report: Any) -> Outcome:
+def publish(output: str, job: Job, report: Any) -> Outcome:
     """Write a job's output, as ``running.run_job`` does."""
-    folder = output / job.name
-    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{job.name}/{'result' if job.kind == 'call' else 'report'}.json"
     content = json.dumps(report).encode()
-    (folder / "report.json").write_bytes(content)
-    return Outcome(
-        "passed",
-        "done",
-        seconds=2.0,
-        report=f"{job.name}/report.json",
-        report_sha256=hashlib.sha256(content).hexdigest(),
-    )
+    Storage(output).write(name, content)
+    digest = hashlib.sha256(content).hexdigest()
+    return Outcome("passed", "done", seconds=2.0, report=name, report_sha256=digest)
 
 
 class RecordingView:

@@ -16,7 +16,8 @@ import pytest
 from effcli.batch import driver, journal
 from effcli.batch.driver import BatchRun
 from effcli.batch.engine import JobSource
-from effcli.batch.model import STATE_FOLDER, Job, Limits, Outcome
+from effcli.batch.model import STATE_FOLDER, Event, Job, Limits, Outcome
+from effcli.batch.storage import Storage
 from effcli.errors import BadInputError, InterruptedRunError, NoRoomError
 from tests.effcli.batch.fake_engine import (
     HANGS,
@@ -32,7 +33,7 @@ GATE = Outcome("gate-failed", "gate 'ppl<=+1%' failed: it rose by 2 %", 3, repor
 
 
 def _run(
-    output: Path,
+    output: Path | str,
     jobs: Sequence[Job],
     engine: FakeEngine | None = None,
     prints: WordFingerprints | None = None,
@@ -81,7 +82,7 @@ def test_only_what_is_missing_failed_or_changed_runs(tmp_path: Path) -> None:
     jobs = [job("good"), job("gone"), job("broke"), job("model"), job("settings"), job("report")]
     _run(tmp_path, jobs, FakeEngine({"broke": [failed()]}))
     shutil.rmtree(tmp_path / "gone")
-    (tmp_path / "report" / "report.json").write_text("{}")
+    (tmp_path / "report" / "result.json").write_text("{}")
     changed = [replace(item, settings={"x": 1}) if item.name == "settings" else item for item in jobs]
     run, engine = _run(tmp_path, [*changed, job("new")], prints=WordFingerprints({"model": "other"}))
     assert engine.ran == ["gone", "broke", "model", "settings", "report", "new"]
@@ -222,6 +223,73 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert run.exit_code == 0
 
 
+def test_an_output_that_was_published_just_before_its_worker_was_lost_counts(tmp_path: Path) -> None:
+    class LateEngine(FakeEngine):
+        def events(self, timeout_seconds: float) -> Sequence[Event]:
+            events = super().events(timeout_seconds)
+            return [
+                replace(event, kind="lost", outcome=None, reason="killed") if event.kind == "finished" else event
+                for event in events
+            ]
+
+    run, engine = _run(tmp_path, [job("a", limits=Limits(retries=0))], LateEngine())
+    assert _stages(run) == {"a": "passed"}
+    run, engine = _run(tmp_path, [job("a", limits=Limits(retries=0))])
+    assert (engine.ran, _stages(run)) == ([], {"a": "kept"})
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_output_that_was_published_just_before_the_driver_was_killed_counts(tmp_path: Path, changed: bool) -> None:
+    def killed(*_: object) -> None:
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeEngine, "events", killed)
+        with pytest.raises(MemoryError):
+            _run(tmp_path, [job("a")])
+    lines = driver.dry_run([job("a")], str(tmp_path), FakeEngine(), fingerprints=WordFingerprints())
+    assert lines[0] == "a: kept"
+    run, engine = _run(tmp_path, [job("a")], prints=WordFingerprints({"a": "other"} if changed else {}))
+    assert engine.ran == (["a"] if changed else [])
+    run, engine = _run(tmp_path, [job("a")], prints=WordFingerprints({"a": "other"} if changed else {}))
+    assert (engine.ran, _stages(run)) == ([], {"a": "kept"})
+
+
+def test_what_is_there_from_before_does_not_count_as_published(tmp_path: Path) -> None:
+    _run(tmp_path, [job("a")])
+    run, engine = _run(tmp_path, [job("a", x=1, limits=Limits(retries=0))], FakeEngine({"a": [LOST]}))
+    assert _stages(run) == {"a": "failed"}
+    run, engine = _run(tmp_path, [job("a", x=1)])
+    assert engine.ran == ["a"]
+
+
+def test_an_engine_that_cannot_take_a_job_fails_it_alone(tmp_path: Path) -> None:
+    class Picky(FakeEngine):
+        def offer(self, item: Job, output: str, log: str, attempt: int) -> bool:
+            if item.name == "a":
+                raise BadInputError("no config.json in '/models/a'; add it")
+            return super().offer(item, output, log, attempt)
+
+    run, engine = _run(tmp_path, [job("a"), job("b")], Picky())
+    assert _stages(run) == {"a": "failed", "b": "passed"}
+    assert _message(run, "a") == "no config.json in '/models/a'; add it"
+
+
+def test_an_output_can_be_a_url(tmp_path: Path) -> None:
+    url = "memory://test-driver/runs"
+    _run(url, [job("a"), job("b")], state=tmp_path)
+    run, engine = _run(url, [job("a"), job("b")], state=tmp_path)
+    assert (engine.ran, _stages(run)) == ([], {"a": "kept", "b": "kept"})
+    Storage(url).remove("a")
+    Storage(url).write("b/result.json", b"{}")
+    run, engine = _run(url, [job("a"), job("b")], state=tmp_path)
+    assert engine.ran == ["a", "b"]
+    first = FakeEngine(report=lambda item: _report(10.2))
+    _run(url, [_gated("ppl<=+5%")], first, state=tmp_path)
+    run, engine = _run(url, [_gated("ppl<=+1%")], state=tmp_path)
+    assert (engine.ran, run.exit_code) == ([], 3)
+
+
 def test_a_full_disk_ends_the_batch_and_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append = journal.Journal.append
 
@@ -240,7 +308,7 @@ def test_a_full_disk_ends_the_batch_and_keeps_what_is_finished(tmp_path: Path, m
     assert engine.left == 1
     monkeypatch.undo()
     _, again = _run(tmp_path, [job("a"), job("b"), job("c")])
-    assert again.ran == ["b", "c"]
+    assert again.ran == ["c"], "b had published its output before the journal could say so"
 
 
 def test_a_job_that_filled_the_disk_ends_the_batch_and_one_that_is_too_large_does_not(
@@ -406,7 +474,7 @@ def test_dry_run_says_what_runs_why_where_and_how_long(tmp_path: Path) -> None:
         "good: kept",
         "broke: runs (failed before: it broke; mend it); cpu, 2.1 GB; time not known",
         "model: runs (changed: model); cpu, 2.1 GB; about 2.00 s",
-        "gone: runs (its output 'gone/report.json' is gone or was changed); cpu, 2.1 GB; about 2.00 s",
+        "gone: runs (its output 'gone/result.json' is gone or was changed); cpu, 2.1 GB; about 2.00 s",
         "never: cannot run: no GPU is here",
         "after: is skipped: needs 'never', which cannot run",
         "w4.quick: runs (its model, the output of 'model', is made again); cpu, 2.1 GB; about 2.00 s",

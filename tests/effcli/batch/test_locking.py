@@ -36,7 +36,8 @@ def _hold_elsewhere(folder: Path) -> subprocess.Popen[str]:
 def test_a_second_process_is_refused_and_told_who_was_first_until_kill_9(tmp_path: Path) -> None:
     with _hold_elsewhere(tmp_path) as holder:
         try:
-            who = rf"'runs' is in use by another batch \(process {holder.pid} on {re.escape(socket.gethostname())}, since 2"
+            host = re.escape(socket.gethostname())
+            who = rf"'runs' is in use by another batch \(process {holder.pid} on {host}, since 2"
             with pytest.raises(BadInputError, match=who), hold(tmp_path, "runs"):
                 pass
         finally:
