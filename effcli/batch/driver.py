@@ -323,8 +323,8 @@ class _Batch:
         self._note(state, "lost", reason)
         if self._was_published(state, event):
             return
-        times = "" if state.attempt == 1 else f" {state.attempt} times, last"
-        message = f"its worker was lost{times}: {reason}; see '{state.log}', or raise limits.retries"
+        times = "" if state.attempt == 1 else f" (attempt {state.attempt})"
+        message = f"lost{times}: {reason}; see '{state.log}', or raise limits.retries"
         self._end(state, Outcome("failed", message, EXIT_BUG, retry=True), event)
 
     def _was_published(self, state: JobState, event: Event | None = None) -> bool:

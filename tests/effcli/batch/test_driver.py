@@ -145,7 +145,7 @@ def test_a_lost_worker_is_retried_as_often_as_its_limit_says(tmp_path: Path, act
     assert [stage for name, stage in view.stages if name == "a"].count("waiting") == 2
     if act == LOST:
         assert view.reasons == ["killed by signal 9"] * 5
-        assert _message(run, "b").startswith("its worker was lost 2 times, last: killed by signal 9; see '")
+        assert _message(run, "b").startswith("lost (attempt 2): killed by signal 9; see '")
         assert "limits.retries" in _message(run, "c")
         lines = (tmp_path / STATE_FOLDER / "journal.jsonl").read_text().splitlines()
         assert sum(json.loads(line).get("reason") == "killed by signal 9" for line in lines) == 5

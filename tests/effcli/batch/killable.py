@@ -1,0 +1,92 @@
+"""A batch as a process of its own, to be killed: ``python -m tests.effcli.batch.killable OUTPUT MODEL``.
+
+Twenty jobs that end the same whenever they are run: function calls, profiles without timing, and quantized copies of
+a tiny model, one of them read by another job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from effcli.batch import driver
+from effcli.batch.local import LocalEngine
+from effcli.batch.model import Job, Limits
+from effcli.reports.model import plain
+
+CALLS = 14
+
+
+class JobFingerprints:
+    """A job depends on how it is written, no more; real ones take their time to look at files."""
+
+    def of(self, job: Job) -> Mapping[str, Any]:
+        """Return the job itself."""
+        return dict(plain(job))
+
+    def difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        """Name what differs."""
+        return ", ".join(key for key in new if old.get(key) != new[key])
+
+
+def work(number: int, seconds: float) -> dict[str, Any]:
+    """Take some time and return what depends on nothing but the number."""
+    time.sleep(seconds)
+    return {"number": number, "sha256": [hashlib.sha256(f"{number}.{row}".encode()).hexdigest() for row in range(99)]}
+
+
+def jobs(model: str) -> list[Job]:
+    """Return the batch."""
+    limits = Limits(retries=1)
+    calls = [
+        Job(
+            f"call-{number}", "call", "", "none", "work", limits=limits,
+            settings={
+                "function": "tests.effcli.batch.killable:work",
+                "arguments": {"number": number, "seconds": 0.1 + number % 4 / 10},
+            },
+        )
+        for number in range(CALLS)
+    ]  # fmt: skip
+    profiles = [
+        Job(f"tiny.kv-{context}", "profile", model, "tiny", "kv", {"only": ["kv"], "context": [context]}, limits=limits)
+        for context in (64, 128)
+    ]
+    optimizes = [
+        Job(f"tiny.w{bits}", "optimize", model, "tiny", f"w{bits}", _rtn(f"w{bits}a16"), limits=limits)
+        for bits in (4, 8)
+    ]
+    after = [
+        Job(
+            f"tiny-w{bits}.kv", "profile", "", "tiny-w4", "kv", {"only": ["kv"], "context": [64]}, limits=limits,
+            model_from=f"tiny.w{bits}", needs=(f"tiny.w{bits}",),
+        )
+        for bits in (4, 8)
+    ]  # fmt: skip
+    return [*optimizes, *after, *profiles, *calls]
+
+
+def _rtn(scheme: str) -> dict[str, Any]:
+    step = {"quantize": {"scheme": scheme, "method": "rtn", "group_size": 16}}
+    if scheme == "w8a16":
+        del step["quantize"]["group_size"]
+    return {"recipe": {"version": 1, "passes": [step], "evaluation": {"tokens": 256, "context": 64}}, "context": 32}
+
+
+def main() -> int:
+    """Run the batch; say on the last line how it ended."""
+    output, model = sys.argv[1:]
+    run = driver.run(jobs(model), output, LocalEngine(workers=2, threads=1), fingerprints=JobFingerprints())
+    print(json.dumps({state.job.name: state.stage for state in run.states}))  # noqa: T201
+    for state in run.states:
+        if state.stage not in ("kept", "passed"):
+            print(state.job.name, state.stage, state.outcome and state.outcome.message)  # noqa: T201
+    return run.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
