@@ -59,7 +59,17 @@ def test_tables_keep_zeros_and_whole_numbers_and_prose_rounds(value: float, tabl
 
 @pytest.mark.parametrize(
     "function",
-    [fmt.data_size, fmt.seconds, fmt.percent, fmt.significant, fmt.short, fmt.integer, fmt.flop_rate, fmt.parameters],
+    [
+        fmt.data_size,
+        fmt.seconds,
+        fmt.percent,
+        fmt.significant,
+        fmt.short,
+        fmt.integer,
+        fmt.flop_rate,
+        fmt.parameters,
+        fmt.duration,
+    ],
 )
 def test_none_is_a_dash(function: object) -> None:
     assert callable(function)
@@ -79,3 +89,19 @@ def test_control_characters_do_not_pass() -> None:
 def test_extremes_do_not_fail() -> None:
     for value in (5e-324, 1e308, -1.5, math.pi):
         assert fmt.significant(value) and fmt.short(value) and fmt.data_size(value) and fmt.seconds(value)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (8.4, "8.40 s"),
+        (99.4, "99.4 s"),
+        (99.6, "1 min 40 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 05 min"),
+        (1e5, "1 d 3 h"),
+    ],
+)
+def test_long_times_are_said_in_minutes_and_hours(seconds: float, text: str) -> None:
+    assert fmt.duration(seconds) == text
+    assert fmt.duration(1e5) == "1 d 3 h"
