@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from effcli.formatting import printable
 
@@ -22,10 +23,28 @@ SEE_PAGE = "To see them: effcli report FILE --format html -o page.html"
 
 @dataclass(frozen=True)
 class Column:
-    """Heading of a table column; numbers are set flush right and never wrapped."""
+    """Heading of a table column; numbers are flush right and never wrapped, words of prose never make a colour."""
 
     title: str
     numeric: bool = True
+    prose: bool = False
+
+
+class Link(str):
+    """A table cell that leads to a file beside the report; a rendering that cannot link shows its text.
+
+    A target comes from saved data, so it is kept to a path below the report's folder: whatever it holds, no scheme
+    and no host can come of it.
+    """
+
+    target: str
+
+    def __new__(cls, text: str, path: str) -> Link:
+        """Make a link from what the cell says and a path relative to the report."""
+        link = super().__new__(cls, text)
+        parts = (part for part in path.split("/") if part not in ("", ".", ".."))
+        link.target = "./" + quote("/".join(parts))
+        return link
 
 
 @dataclass(frozen=True)

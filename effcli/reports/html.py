@@ -8,7 +8,7 @@ from typing import Any
 
 from effcli.formatting import printable
 from effcli.reports import charts
-from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Picture, Report, Table, tone
+from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Link, Picture, Report, Table, tone
 from effcli.reports.documents import document
 from effcli.reports.documents.base import Document
 
@@ -28,6 +28,7 @@ def to_html(report: Report) -> str:
     environment.tests["facts"] = lambda block: isinstance(block, Facts)
     environment.tests["heat_map"] = lambda block: isinstance(block, HeatMap)
     environment.tests["code"] = lambda block: isinstance(block, Code)
+    environment.tests["link"] = lambda cell: isinstance(cell, Link)
     environment.tests["picture"] = lambda block: isinstance(block, Picture)
     environment.filters["shown_pixels"] = shown_pixels
     environment.filters["tone"] = tone

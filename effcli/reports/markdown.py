@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
-from effcli.reports.blocks import SEE_PAGE, Block, Chart, Code, Facts, HeatMap, Picture, Report, Section, Table
+from effcli.reports.blocks import SEE_PAGE, Block, Chart, Code, Facts, HeatMap, Link, Picture, Report, Section, Table
 from effcli.reports.documents import document
 from effcli.reports.shades import SHADES, downsample, shade
 
@@ -89,8 +89,12 @@ def _table(table: Table) -> Iterator[str]:
     yield "| " + " | ".join(escape(column.title) for column in table.columns) + " |"
     yield "|" + "|".join("---:" if column.numeric else ":---" for column in table.columns) + "|"
     for row in table.rows:
-        yield "| " + " | ".join(escape(cell) for cell in row) + " |"
+        yield "| " + " | ".join(_cell(cell) for cell in row) + " |"
     yield ""
+
+
+def _cell(cell: str) -> str:
+    return f"[{escape(cell)}]({cell.target})" if isinstance(cell, Link) else escape(cell)
 
 
 def _heat_map(heat_map: HeatMap) -> Iterator[str]:

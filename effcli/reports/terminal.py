@@ -13,7 +13,20 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from effcli import formatting as fmt
-from effcli.reports.blocks import SEE_PAGE, Block, Chart, Code, Facts, HeatMap, Picture, Report, Section, Table, tone
+from effcli.reports.blocks import (
+    SEE_PAGE,
+    Block,
+    Chart,
+    Code,
+    Column,
+    Facts,
+    HeatMap,
+    Picture,
+    Report,
+    Section,
+    Table,
+    tone,
+)
 from effcli.reports.documents import document
 from effcli.reports.shades import SHADES, Grid, downsample, shade
 
@@ -90,12 +103,13 @@ def _block(block: Block, width: int) -> Iterator[RenderableType]:
             grid.add_row(Text(name), Text(value))
         yield Padding(grid, (0, INDENT))
     elif block.rows:
-        yield Padding(_table(block), (0, 0, 0, INDENT - 1))
+        yield Padding(rich_table(block), (0, 0, 0, INDENT - 1))
     for note in block.notes:
         yield Padding(Text(note, style="dim"), (0, INDENT))
 
 
-def _table(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
+    """Return a table as rich draws it."""
     drawn = RichTable(
         box=box.SIMPLE_HEAD, pad_edge=True, padding=(0, 1), collapse_padding=True, header_style="dim", show_edge=False
     )
@@ -109,9 +123,13 @@ def _table(table: Table) -> RichTable:
             drawn.add_column(Text(column.title), overflow="fold", min_width=WORD)
     for row in table.rows:
         drawn.add_row(
-            *(Text(cell, style=BOUND_STYLES.get(cell, "") or TONE_STYLES.get(tone(cell), "")) for cell in row)
+            *(Text(cell, style=_style(cell, column)) for cell, column in zip(row, table.columns, strict=True))
         )
     return drawn
+
+
+def _style(cell: str, column: Column) -> str:
+    return BOUND_STYLES.get(cell, "") or ("" if column.prose else TONE_STYLES.get(tone(cell), ""))
 
 
 def _heat_map(heat_map: HeatMap, width: int) -> Iterator[RenderableType]:

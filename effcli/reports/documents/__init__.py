@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from effcli.reports.blocks import Report
 from effcli.reports.documents import (
+    batch,
     compare,
     evaluation,
     front,
@@ -17,6 +18,7 @@ from effcli.reports.documents import (
 )
 from effcli.reports.documents.base import Document
 from effcli.reports.model import (
+    BATCH_SCHEMA,
     COMPARE_SCHEMA,
     EVAL_SCHEMA,
     FRONT_SCHEMA,
@@ -34,6 +36,7 @@ BUILDERS: dict[str, Callable[[Report], Document]] = {
     FRONT_SCHEMA: front.document,
     PIPELINE_PROFILE_SCHEMA: pipeline_profile.document,
     PIPELINE_OPTIMIZE_SCHEMA: pipeline_optimize.document,
+    BATCH_SCHEMA: batch.document,
 }
 
 

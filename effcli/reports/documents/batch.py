@@ -1,0 +1,198 @@
+"""The document of ``effcli batch``: what became of every job, and what the searches found."""
+
+from __future__ import annotations
+
+from effcli import formatting as fmt
+from effcli.formatting import printable
+from effcli.gates import METRICS, PIPELINE_METRICS, Metric
+from effcli.reports.blocks import Block, Column, Facts, Link, Report, Section, Table, columns, items, texts
+from effcli.reports.changes import mapping, number
+from effcli.reports.documents.base import Document, Tile
+from effcli.reports.sections.generic import named
+
+STATUS = {"gate-failed": "failed a gate"}
+"""What readers see of a stage, where that is not its own name."""
+BAD = ("failed", "gate-failed", "skipped")
+MOST_NAMES = 5
+_METRICS: dict[str, Metric] = {**METRICS, **PIPELINE_METRICS}
+REPORT, PAGE = "report.json", "report.html"
+NOT_REACHED = "not reached"
+
+
+def document(report: Report) -> Document:
+    """Build the document."""
+    jobs = _jobs(report)
+    sections = [Section("jobs", "Jobs", (), (job_table(jobs),))]
+    figures = _figure_table(jobs)
+    if figures.rows:
+        sections.append(Section("figures", "Figures", (), (figures,)))
+    sections += [_search(search, jobs) for search in items(report, "searches") if isinstance(search, dict)]
+    sections.append(_setup(report))
+    return Document(
+        command="effcli batch",
+        heading="Batch",
+        name=printable(report.get("jobs_file") or "a batch"),
+        subtitle=f"{_count(len(jobs), 'job')} · {named(report.get('engine'))} · {named(report.get('output'))}",
+        verdict=_verdict(report, jobs),
+        tiles=_tiles(report, jobs),
+        sections=tuple(sections),
+        setup=("setup",),
+    )
+
+
+def _jobs(report: Report) -> list[Report]:
+    return [job for job in items(report, "jobs") if isinstance(job, dict)]
+
+
+def job_table(jobs: list[Report], title: str = "") -> Table:
+    """Return one row a job; its name leads to its report and its status to its log, where they can be linked."""
+    rows = tuple(
+        (
+            _name(job),
+            _link(_status(job), job.get("log")),
+            fmt.duration(number(job.get("seconds"))),
+            fmt.data_size(number(job.get("peak_memory_bytes"))),
+            printable(job.get("message") or ""),
+        )
+        for job in jobs
+    )
+    again = [
+        f"{named(job.get('name'))} took {fmt.integer(number(job['attempts']))} attempts."
+        for job in jobs
+        if (number(job.get("attempts")) or 0) > 1
+    ]
+    headings = (*columns("<job", "<status", "time", "peak memory"), Column("message", numeric=False, prose=True))
+    return Table(title, headings, rows, tuple(again))
+
+
+def _figure_table(jobs: list[Report]) -> Table:
+    measured = [(job, mapping(job.get("figures"))) for job in jobs]
+    metrics = [name for name in _METRICS if any(number(found.get(name)) is not None for _, found in measured)]
+    rows = tuple(
+        (_name(job), *(_figure(name, found) for name in metrics))
+        for job, found in measured
+        if any(number(found.get(name)) is not None for name in metrics)
+    )
+    names = "; ".join(f"{name}: {_METRICS[name].title}" for name in metrics)
+    return Table("", columns("<job", *metrics), rows, (f"{names}.",) if rows else ())
+
+
+def _figure(metric: str, figures: Report) -> str:
+    value = number(figures.get(metric))
+    if value is None or metric not in _METRICS:
+        return fmt.short(value)
+    return fmt.significant(value, 4) if metric == "ppl" else _METRICS[metric].show(value)
+
+
+def _name(job: Report) -> str:
+    report = job.get("report")
+    if isinstance(report, str) and report.rpartition("/")[2] == REPORT:
+        report = report.removesuffix(REPORT) + PAGE
+    return _link(named(job.get("name")), report)
+
+
+def _link(text: str, path: object) -> str:
+    return Link(text, path) if isinstance(path, str) and path else text
+
+
+def _status(job: Report) -> str:
+    stage = named(job.get("stage"))
+    return STATUS.get(stage, NOT_REACHED if stage in ("waiting", "running") else stage)
+
+
+def _count(number_of: int, what: str) -> str:
+    return f"{number_of:,} {what}{'' if number_of == 1 else 's'}"
+
+
+def _names(jobs: list[Report]) -> str:
+    names = [named(job.get("name")) for job in jobs]
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _of(jobs: list[Report], *stages: str) -> list[Report]:
+    return [job for job in jobs if job.get("stage") in stages]
+
+
+def _verdict(report: Report, jobs: list[Report]) -> tuple[str, ...]:
+    passed, kept = _of(jobs, "passed", "kept"), _of(jobs, "kept")
+    first = f"{len(passed):,} of {_count(len(jobs), 'job')} passed"
+    for stage, words in (
+        ("gate-failed", "failed a gate"),
+        ("failed", "failed"),
+        ("skipped", "skipped"),
+        ("waiting", "not reached"),
+    ):
+        those = _of(jobs, *(("waiting", "running") if stage == "waiting" else (stage,)))
+        if those:
+            first += f", {len(those):,} {words} ({_names(those)})"
+    sentences = [first + "."]
+    if kept:
+        sentences.append(f"Kept from an earlier run, as nothing that they depend on has changed: {len(kept):,}.")
+    found = [mapping(search).get("message") for search in items(report, "searches")]
+    sentences += [printable(message) for message in found if message]
+    spent = number(report.get("seconds_spent"))
+    workers = len(items(report, "workers"))
+    if spent is not None:
+        work = sum(number(job.get("seconds")) or 0.0 for job in jobs if job.get("stage") != "kept")
+        on = f" on {_count(workers, 'worker')}" if workers else ""
+        sentences.append(f"Took {fmt.duration(spent)}{on} for {fmt.duration(work)} of work.")
+    return tuple(sentences)
+
+
+def _tiles(report: Report, jobs: list[Report]) -> tuple[Tile, ...]:
+    kept = len(_of(jobs, "kept"))
+    workers = _count(len(items(report, "workers")), "worker")
+    tiles = [
+        Tile("Passed", f"{len(_of(jobs, 'passed', 'kept')):,} of {len(jobs):,}", f"{kept:,} from an earlier run"),
+        Tile("Failed a gate", f"{len(_of(jobs, 'gate-failed')):,}", "exit code 3"),
+        Tile("Failed", f"{len(_of(jobs, 'failed')):,}", "exit code 1"),
+        Tile("Time", fmt.duration(number(report.get("seconds_spent"))), workers),
+    ]
+    peaks = [peak for job in jobs if (peak := number(job.get("peak_memory_bytes"))) is not None]
+    if peaks:
+        tiles.append(Tile("Peak memory", fmt.data_size(max(peaks)), "of one job's process"))
+    return tuple(tiles)
+
+
+def _search(search: Report, jobs: list[Report]) -> Section:
+    target, quality = named(search.get("minimize")), named(search.get("quality"))
+    front = [name for name in items(search, "front") if isinstance(name, str)]
+    best = search.get("best")
+    by_name = {job.get("name"): job for job in jobs}
+    rows = tuple(
+        (
+            _name(job),
+            _figure(quality, mapping(job.get("figures"))),
+            _figure(target, mapping(job.get("figures"))),
+            "best that keeps the gates" if name == best else "",
+        )
+        for name in front
+        if (job := by_name.get(name)) is not None
+    )
+    facts = (
+        ("minimize", target),
+        ("subject to", ", ".join(texts(search, "subject_to")) or "nothing"),
+        *((key, fmt.integer(number(search.get(key)))) for key in ("trials", "pruned", "failed")),
+        ("best", named(best)),
+    )
+    note = f"No other trial is better in {quality} and in {target} at once."
+    blocks: list[Block] = [Facts("", facts)]
+    if rows:
+        blocks.append(Table("Pareto front", columns("<job", quality, target, "<"), rows, (note,)))
+    lead = (printable(search["message"]),) if search.get("message") else ()
+    return Section("search", f"Search {named(search.get('name'))}", lead, tuple(blocks))
+
+
+def _setup(report: Report) -> Section:
+    versions = [printable(f"{name} {version}") for name, version in mapping(report.get("versions")).items()]
+    pairs = (
+        ("jobs file", named(report.get("jobs_file"))),
+        ("output", named(report.get("output"))),
+        ("command", named(report.get("command"))),
+        ("engine", named(report.get("engine"))),
+        *((f"worker {index}", worker) for index, worker in enumerate(texts(report, "workers"))),
+        ("versions", ", ".join(versions) or fmt.MISSING),
+    )
+    notes = ("Names lead to reports, statuses to logs; links are relative to the output.",)
+    return Section("setup", "How the batch ran", (), (Facts("", pairs, notes),))
