@@ -1,6 +1,7 @@
 """One error root. Each error knows its exit code; one place (:func:`explain`) turns errors into text.
 
-Exit codes: 0 fine, 1 a bug, 2 bad input, 3 a gate failed, 4 not enough memory or disk, 130 interrupted.
+Exit codes: 0 fine, 1 a bug (or a job of a batch failed), 2 bad input, 3 a gate failed, 4 not enough memory or disk,
+130 interrupted.
 """
 
 from __future__ import annotations

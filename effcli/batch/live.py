@@ -90,37 +90,30 @@ class LineView:
 
     def __init__(self, stream: TextIO, now: Callable[[], float] = time.time) -> None:
         self._stream, self._now = stream, now
-        self._seen: dict[str, tuple[Stage, int]] = {}
         self._jobs = self._done = 0
 
     def opened(self, states: Sequence[JobState], workers: Sequence[str]) -> None:
         """Say how much there is to do, and where."""
-        kept = sum(state.stage == "kept" for state in states)
-        before = f", {kept:,} kept from an earlier run" if kept else ""
-        self._say(f"{_jobs(len(states))}{before}")
+        self._say(_jobs(len(states)))
         for worker in workers:
             self._say(f"worker: {worker}")
         self._jobs = len(states)
-        self._done = sum(state.stage not in OPEN for state in states)
-        self._seen = {state.job.name: (state.stage, state.attempt) for state in states}
 
     def added(self, state: JobState) -> None:
         """Count a job more; it gets a line when it starts."""
         self._jobs += 1
-        self._seen[state.job.name] = (state.stage, state.attempt)
 
     def changed(self, state: JobState, event: Event | None) -> None:
-        """Write a line if the job is at another stage, or has lost its worker."""
-        name, now = state.job.name, (state.stage, state.attempt)
-        lost = event is not None and event.kind == "lost"
-        if lost and event is not None:
+        """Write a line if the job started, has lost its worker, or has ended."""
+        name, kind = state.job.name, event.kind if event is not None else None
+        if event is not None and kind == "lost":
             self._say(f"lost {name}: {event.reason or 'its worker is gone'}")
-        before, self._seen[name] = self._seen.get(name), now
-        if before == now or (lost and state.stage == "waiting"):
-            return
-        if before is not None and before[0] in OPEN and state.stage not in OPEN:
+        if state.stage not in OPEN:
             self._done += 1
-        self._say(f"{WORDS.get(state.stage, state.stage)} {name}{_detail(state)}")
+            self._say(f"{WORDS.get(state.stage, state.stage)} {name}{_ending(state)}")
+        elif kind == "started":
+            again = f", attempt {state.attempt}" if state.attempt > 1 else ""
+            self._say(f"running {name}{again} on {state.worker}")
 
     def closed(self) -> None:
         """Do nothing: every line is written already."""
@@ -132,16 +125,11 @@ class LineView:
         self._stream.flush()
 
 
-def _detail(state: JobState) -> str:
-    """Return what a line says after the job's name."""
-    if state.stage == "running":
-        again = f", attempt {state.attempt}" if state.attempt > 1 else ""
-        return f"{again} on {state.worker}" if state.worker else again
-    if state.stage == "waiting":
-        return " again" if state.attempt else ""
-    if state.outcome is None:
+def _ending(state: JobState) -> str:
+    """Return what a line says after the name of a job that has ended."""
+    if state.outcome is None or state.stage == "kept":
         return ""
-    took = f" in {duration(state.outcome.seconds)}" if state.stage != "skipped" else ""
+    took = f" in {duration(state.outcome.seconds)}" if state.outcome.seconds else ""
     return f"{took}: {state.outcome.message}"
 
 

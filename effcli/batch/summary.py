@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ def result(state: JobState) -> JobResult:
         message=outcome.message if outcome else "",
         exit_code=outcome.exit_code if outcome else EXIT_OK,
         report=outcome.report if outcome else None,
-        log=state.log,
+        log=state.log if state.attempt or state.stage == "kept" else None,  # what never ran has none
         peak_memory_bytes=outcome.peak_memory_bytes if outcome else None,
         figures=dict(outcome.figures) if outcome else {},
     )
@@ -99,8 +99,6 @@ def write(report: BatchReport, output: str) -> tuple[str, ...]:
     ------
     BadInputError, NoRoomError
     """
-    from effcli.cli.output import write_file
-
     data = report.to_dict()
     texts = {
         LINES: json_lines(report),
@@ -108,6 +106,19 @@ def write(report: BatchReport, output: str) -> tuple[str, ...]:
         REPORT: render(data, "json"),
         PAGE: render(data, "html"),
     }
+    write_one = _writer(output)
     for name, text in texts.items():
-        write_file(Path(output) / name, text)
+        write_one(name, text)
     return tuple(texts)
+
+
+def _writer(output: str) -> Callable[[str, str], None]:
+    """Return what writes a file of the output, whole or not at all."""
+    if "://" in output:
+        from effcli.batch.storage import Storage
+
+        storage = Storage(output)
+        return lambda name, text: storage.write(name, text.encode())
+    from effcli.cli.output import write_file
+
+    return lambda name, text: write_file(Path(output) / name, text)

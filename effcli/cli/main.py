@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from effcli.cli import (
+    batch,
     compare,
     doctor,
     evaluate,
@@ -36,12 +37,14 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich help doubles the time of --help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 fine, 1 a bug, 2 bad input, 3 a gate failed, 4 not enough memory or disk, 130 interrupted.",
+    epilog="Exit codes: 0 fine, 1 a bug, or a job of a batch failed, 2 bad input, 3 a gate failed, "
+    "4 not enough memory or disk, 130 interrupted.",
 )
 app.command("profile")(profile.command)
 app.command("plan")(plan.command)
 app.command("optimize")(optimize.command)
 app.command("eval")(evaluate.command)
+app.command("batch")(batch.command)
 app.command("compare")(compare.command)
 app.command("gate")(gate.command)
 app.command("report")(report.command)

@@ -15,7 +15,13 @@ STATUS = {"gate-failed": "failed a gate"}
 BAD = ("failed", "gate-failed", "skipped")
 MOST_NAMES = 5
 _METRICS: dict[str, Metric] = {**METRICS, **PIPELINE_METRICS}
-REPORT, PAGE = "report.json", "report.html"
+HEADLINE = (
+    *("ppl", "kl", "top1", "accuracy", "size", "ttft", "tpot", "peak_memory"),
+    *("psnr", "ssim", "lpips", "time"),
+)
+WITH_PAGE = ("/report.json", ".failed.json")
+"""Reports that have a page beside them."""
+ALL_FIGURES = "summary.csv"
 NOT_REACHED = "not reached"
 
 
@@ -52,7 +58,7 @@ def job_table(jobs: list[Report], title: str = "") -> Table:
             _link(_status(job), job.get("log")),
             fmt.duration(number(job.get("seconds"))),
             fmt.data_size(number(job.get("peak_memory_bytes"))),
-            printable(job.get("message") or ""),
+            _message(job),
         )
         for job in jobs
     )
@@ -67,14 +73,15 @@ def job_table(jobs: list[Report], title: str = "") -> Table:
 
 def _figure_table(jobs: list[Report]) -> Table:
     measured = [(job, mapping(job.get("figures"))) for job in jobs]
-    metrics = [name for name in _METRICS if any(number(found.get(name)) is not None for _, found in measured)]
+    metrics = [name for name in HEADLINE if any(number(found.get(name)) is not None for _, found in measured)]
     rows = tuple(
         (_name(job), *(_figure(name, found) for name in metrics))
         for job, found in measured
         if any(number(found.get(name)) is not None for name in metrics)
     )
     names = "; ".join(f"{name}: {_METRICS[name].title}" for name in metrics)
-    return Table("", columns("<job", *metrics), rows, (f"{names}.",) if rows else ())
+    notes = (f"{names}. All that was measured is in {ALL_FIGURES}.",) if rows else ()
+    return Table("", columns("<job", *metrics), rows, notes)
 
 
 def _figure(metric: str, figures: Report) -> str:
@@ -86,9 +93,15 @@ def _figure(metric: str, figures: Report) -> str:
 
 def _name(job: Report) -> str:
     report = job.get("report")
-    if isinstance(report, str) and report.rpartition("/")[2] == REPORT:
-        report = report.removesuffix(REPORT) + PAGE
+    if isinstance(report, str) and report.endswith(WITH_PAGE):
+        report = report.removesuffix(".json") + ".html"
     return _link(named(job.get("name")), report)
+
+
+def _message(job: Report) -> str:
+    """Return what is said of the job; of a gate that failed only by how much, as the job's name leads to the rest."""
+    message = printable(job.get("message") or "")
+    return message.partition(". ")[0] if job.get("stage") == "gate-failed" else message
 
 
 def _link(text: str, path: object) -> str:

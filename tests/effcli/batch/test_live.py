@@ -93,14 +93,16 @@ def test_time_left_comes_from_the_jobs_most_alike() -> None:
 def test_a_line_a_change_and_none_for_progress() -> None:
     stream = io.StringIO()
     view = LineView(stream, now=lambda: states.START)
-    state = states.batch()[-1]
-    jobs = [states.batch()[1], state]
-    view.opened(jobs, ("local 0: cpu, 1 thread",))
+    kept, state = states.batch()[1], states.batch()[-1]
+    view.opened([kept, state], ("local 0: cpu, 1 thread",))
+    view.changed(kept, None)
 
     def event(kind: str, **more: object) -> Event:
         return Event(state.job.name, kind, "local 0", states.START, **more)  # type: ignore[arg-type]
 
-    state.stage, state.attempt, state.worker = "running", 1, "local 0 (pid 7)"
+    state.stage, state.attempt = "running", 1
+    view.changed(state, None)  # offered; on which worker is known when it starts
+    state.worker = "local 0 (pid 7)"
     view.changed(state, event("started"))
     for _ in range(50):
         view.changed(state, event("progress", stage="latency", done=0.5))
@@ -114,8 +116,9 @@ def test_a_line_a_change_and_none_for_progress() -> None:
     stamps = {line[:19] for line in stream.getvalue().splitlines()}
     assert len(stamps) == 1 and len(stamps.pop().split(":")) == 3
     assert [line[20:] for line in stream.getvalue().splitlines()] == [
-        "2 jobs, 1 kept from an earlier run",
+        "2 jobs",
         "worker: local 0: cpu, 1 thread",
+        "[1/2] kept smol.quick",
         "[1/2] running big.quick on local 0 (pid 7)",
         "[1/2] lost big.quick: killed by signal 9",
         "[1/2] running big.quick, attempt 2 on local 0 (pid 7)",

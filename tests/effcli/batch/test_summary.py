@@ -45,7 +45,7 @@ def test_every_file_says_the_same(tmp_path: Path) -> None:
     page.feed((tmp_path / "index.html").read_text(encoding="utf-8"))
     files = [target for target in page.targets if not target.startswith("#")]
     assert set(files) == {
-        *("./smol.w4/report.html", "./smol.quick/report.html", "./smol.w3.failed.json"),
+        *("./smol.w4/report.html", "./smol.quick/report.html", "./smol.w3.failed.html"),
         *(f"./.effcli-batch/logs/{name}.log" for name in ("smol.w4", "smol.w3", "gone.w4")),
     }
     assert re.search(r"2 of 5 jobs passed, 1 failed a gate \(smol\.w3\)", (tmp_path / "index.html").read_text("utf-8"))

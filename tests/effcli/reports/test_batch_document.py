@@ -45,7 +45,7 @@ def test_markdown_and_html_link_reports_and_logs() -> None:
     row = "| [smol.w4](./smol.w4/report.html) | [passed](./.effcli-batch/logs/smol.w4.log) |"
     assert row in render(data, "markdown")
     targets = [attributes["href"] for tag, attributes in page_of(render(data, "html")).tags if tag == "a"]
-    assert "./smol.w4/report.html" in targets and "./smol.w3.failed.json" in targets
+    assert "./smol.w4/report.html" in targets and "./smol.w3.failed.html" in targets
 
 
 @pytest.mark.parametrize("format", ["human", "markdown", "html"])

@@ -1,0 +1,205 @@
+"""``effcli batch``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from effcli.cli.options import QuietOption
+from effcli.cli.output import check_writable, warn
+from effcli.errors import EXIT_OK, BadInputError, did_you_mean
+
+if TYPE_CHECKING:
+    from effcli.batch.engine import Engine, JobSource, View
+    from effcli.batch.model import Job, JobState
+
+MOST_ROWS = 60
+"""Of the table at the end; a longer batch shows only what did not pass, and the page shows all."""
+GOOD = ("passed", "kept")
+
+
+class EngineName(StrEnum):
+    """Where jobs run."""
+
+    local = "local"
+    ray = "ray"
+
+
+def command(
+    jobs_file: Annotated[Path, typer.Argument(metavar="JOBS_FILE", help="YAML: models, profiles, recipes, exports.")],
+    engine: Annotated[
+        EngineName, typer.Option("--engine", help="Processes of this machine, or a Ray cluster (effcli[ray]).")
+    ] = EngineName.local,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of the Ray cluster: auto, HOST:PORT; default: one started here.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, where, and about how long, and stop.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Jobs at a time at most; default: what the file says.")
+    ] = None,
+    variables: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="What ${NAME} in the jobs file stands for; repeatable."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FOLDER|URL", help="Instead of the output that the jobs file names."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="NAME", help="Only these jobs and what they need, e.g. 'smol.*'; may be given repeatedly."
+        ),
+    ] = None,
+    prometheus: Annotated[
+        Path | None,
+        typer.Option("--prometheus", metavar="FILE", help="Keep the batch's state in this file for Prometheus."),
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the jobs of a file, several at a time: what is missing, failed before or changed, then one summary.
+
+    Exit code: 0 all passed, 3 a gate failed, 1 a job failed; their names are the last lines on stderr.
+    """
+    if address is not None and engine is not EngineName.ray:
+        raise BadInputError(f"--address '{address}' is for --engine ray; add that, or leave --address out")
+    if prometheus is not None:
+        check_writable(prometheus)
+    from effcli.batch import driver, matrix, summary
+    from effcli.batch.fingerprint import Fingerprints
+    from effcli.batch.jobs_file import read
+
+    file = read(jobs_file, _variables(variables or ()))
+    where = _absolute(output or file.output)
+    searches = _searches(file, where)
+    jobs, sources = _chosen(matrix.jobs(file), searches, only)
+    on = _engine(engine, address, workers or file.workers)
+    common: dict[str, Any] = {"fingerprints": Fingerprints(), "sources": sources}
+    if dry_run:
+        with on:
+            for line in driver.dry_run(jobs, where, on, **common):
+                typer.echo(line)
+        return
+    ran = driver.run(jobs, where, on, view=_view(prometheus, quiet=quiet), **common)
+    report = summary.batch_report(
+        ran.states,
+        command=shlex.join(["effcli", *sys.argv[1:]]),
+        jobs_file=str(jobs_file),
+        output=where,
+        engine=engine.value,
+        workers=ran.workers,
+        seconds_spent=ran.seconds_spent,
+        exit_code=ran.exit_code,
+        searches=[search.result() for search in sources],
+    )
+    summary.write(report, where)
+    if not quiet:
+        _show(report.to_dict(), where)
+    if ran.exit_code != EXIT_OK:
+        _name_failed(ran.states, {job.name for job in jobs})
+        raise typer.Exit(ran.exit_code)
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    pairs = [item.partition("=") for item in given]
+    for item, (name, equals, _) in zip(given, pairs, strict=True):
+        if not name or not equals:
+            raise BadInputError(f"--set '{item}' is not NAME=VALUE; write e.g. --set MODEL=smollm2-135m")
+    return {name: value for name, _, value in pairs}
+
+
+def _absolute(output: str) -> str:
+    return output if "://" in output else str(Path(output).absolute())
+
+
+def _searches(file: Any, output: str) -> list[Any]:
+    if not file.search:
+        return []
+    from effcli.batch.search import searches
+
+    return searches(file, output)
+
+
+def _engine(name: EngineName, address: str | None, workers: int | None) -> Engine:
+    if name is EngineName.ray:
+        from effcli.batch.ray_engine import RayEngine
+
+        return RayEngine(address, workers=workers)
+    from effcli.batch.local import LocalEngine
+
+    return LocalEngine(workers)
+
+
+def _chosen(
+    jobs: Sequence[Job], sources: Sequence[JobSource], only: Sequence[str] | None
+) -> tuple[list[Job], list[JobSource]]:
+    """Return the jobs and searches that any pattern names, with all that they need, in their order."""
+    if not only:
+        return list(jobs), list(sources)
+    names = [*(job.name for job in jobs), *(source.name for source in sources)]
+    for pattern in only:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise BadInputError(f"--only '{pattern}' names no job of this file{did_you_mean(pattern, names)}")
+
+    def named(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in only)
+
+    by_name = {job.name: job for job in jobs}
+    wanted: dict[str, None] = {}
+    ahead = [job.name for job in jobs if named(job.name)]
+    while ahead:
+        name = ahead.pop()
+        if name not in wanted:
+            wanted[name] = None
+            ahead += by_name[name].needs
+    return [job for job in jobs if job.name in wanted], [source for source in sources if named(source.name)]
+
+
+def _view(prometheus: Path | None, *, quiet: bool) -> View:
+    from effcli.batch.live import Views, view_for
+
+    view = view_for(quiet=quiet)
+    if prometheus is None:
+        return view
+    from effcli.batch.prometheus import PrometheusView
+
+    return Views(view, PrometheusView(prometheus, lambda line: warn((line,))))
+
+
+def _show(data: dict[str, Any], output: str) -> None:
+    """Print the verdict and a compact table: messages only of jobs that did not pass."""
+    from rich.console import Console
+
+    from effcli.batch.summary import PAGE, TABLE
+    from effcli.reports.documents.batch import job_table
+    from effcli.reports.terminal import rich_table
+    from effcli.reports.verdict import verdict
+
+    jobs = [job | {"message": ""} if job["stage"] in GOOD else job for job in data["jobs"]]
+    if len(jobs) > MOST_ROWS:
+        jobs = [job for job in jobs if job["stage"] not in GOOD]
+    if jobs:
+        Console(highlight=False).print(rich_table(job_table(jobs)))
+    for line in [*verdict(data), f"wrote {output}/{PAGE}", f"wrote {output}/{TABLE}"]:
+        typer.echo(line)
+
+
+def _name_failed(states: Sequence[JobState], asked: set[str]) -> None:
+    """Say last which jobs the exit code is about: a search's trial that misses a gate is an answer, no failure."""
+    for stage, words in (("gate-failed", "failed a gate"), ("failed", "failed")):
+        names = [
+            state.job.name
+            for state in states
+            if state.stage == stage and (stage == "failed" or state.job.name in asked)
+        ]
+        if names:
+            typer.echo(f"error: {len(names)} of {len(states)} jobs {words}: {', '.join(names)}", err=True)
