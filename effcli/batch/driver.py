@@ -14,12 +14,14 @@ the same command run again goes on where this one ended, however it ended.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from effcli.batch import locking
 from effcli.batch.engine import Engine, JobSource, View
@@ -160,7 +162,7 @@ class _Batch:
         self._journal, self._view, self._sources = journal, view, tuple(sources)
         self._waiting: dict[str, JobState] = {}
         self._running: dict[str, JobState] = {}
-        self._fingerprints: dict[str, Mapping[str, object]] = {}
+        self._fingerprints: dict[str, dict[str, Any]] = {}
         self._deadlines: dict[str, float] = {}
         self._source_of: dict[str, JobSource] = {}
         self._look = True
@@ -412,6 +414,9 @@ class _Batch:
         """Write a line of the journal; that an attempt started is dated before anything that it wrote."""
         at = state.started if kind == "started" and state.started is not None else time.time()
         fingerprint = self._fingerprints[state.job.name] if kind in ("started", "finished") else None
+        if fingerprint is not None and outcome is not None and outcome.status == "passed":
+            with contextlib.suppress(EffcliError):  # its model was removed meanwhile
+                fingerprint = self._keeper.completed(state.job, fingerprint)
         self._journal.append(Entry(kind, state.job.name, at, state.attempt, state.worker, reason, fingerprint, outcome))
 
     def _show(self, state: JobState, event: Event | None = None) -> None:

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterator
 
 from effcli.batch.model import Outcome
-from effcli.errors import EXIT_BAD_INPUT, EXIT_BUG, BadInputError, EffcliError, NoRoomError
+from effcli.errors import BadInputError, NoRoomError, explain
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
@@ -15,14 +15,8 @@ _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEX
 
 def failure(error: Exception) -> Outcome:
     """Return the outcome of a job that failed before it could be offered."""
-    from passes.base import PassError
-    from profilers.base import ProfilerError
-
-    if isinstance(error, EffcliError):
-        return Outcome("failed", str(error), error.exit_code)
-    if isinstance(error, (PassError, ProfilerError)):
-        return Outcome("failed", str(error), EXIT_BAD_INPUT)
-    return Outcome("failed", f"bug: {type(error).__name__}: {error}", EXIT_BUG)
+    line, code = explain(error)
+    return Outcome("failed", " ".join(line.split()).removeprefix("error: "), code)
 
 
 @contextlib.contextmanager

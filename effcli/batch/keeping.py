@@ -28,7 +28,7 @@ class Fingerprinting(Protocol):
         ...
 
     def difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-        """Say in words what changed."""
+        """Say in words what changed, an empty string where nothing did."""
         ...
 
 
@@ -91,8 +91,9 @@ class Keeper:
         record = self._records.pop(job.name, None)
         if record is None:
             return Verdict(fingerprint, None, "new")
-        if record.last.event == "started" and record.last.fingerprint == fingerprint:
-            outcome = self.published(job, record.last.time)
+        last = record.last
+        if last.event == "started" and last.fingerprint and not self._difference(last.fingerprint, fingerprint):
+            outcome = self.published(job, last.time)
             if outcome is not None:
                 return Verdict(fingerprint, outcome, unnoted=True)
         if record.passed is None:
@@ -108,11 +109,12 @@ class Keeper:
     def _judge_passed(self, passed: Entry, fingerprint: dict[str, Any]) -> Verdict:
         outcome, recorded = passed.outcome, passed.fingerprint or {}
         assert outcome is not None
-        if {**recorded, "gates": None} != {**fingerprint, "gates": None}:
-            return Verdict(fingerprint, None, self._changed(recorded, fingerprint))
+        difference = self._difference(recorded, fingerprint)
+        if difference:
+            return Verdict(fingerprint, None, f"changed: {difference}")
         if not self._is_there(outcome):
             return Verdict(fingerprint, None, f"its output '{outcome.report}' is gone or was changed")
-        if recorded["gates"] == fingerprint["gates"]:
+        if recorded.get("gates") == fingerprint["gates"]:
             return Verdict(fingerprint, outcome)
         regated = self._regated(outcome, fingerprint["gates"])
         return Verdict(fingerprint, regated, "" if regated else "its gates ask for what was not measured")
@@ -122,10 +124,18 @@ class Keeper:
         record = self._records.get(job)
         return None if record is None or record.passed is None else _seconds(record.passed.outcome)
 
-    def _changed(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-        if old.get("job") != new["job"]:
-            return f"changed: {self._fingerprints.difference(old.get('job') or {}, new['job'])}"
-        return f"changed: its model, the output of '{next(iter(new['output_of']))}'"
+    def completed(self, job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """Return the fingerprint of a job that has run, with what only its run could find out: a hub model's commit."""
+        now = dict(self._fingerprints.of(_without_gates(job)[0]))
+        unchanged = not self._fingerprints.difference(fingerprint["job"], now)
+        return {**fingerprint, "job": now} if unchanged else fingerprint
+
+    def _difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        """Say what changed in a job's work; gates are judged for themselves."""
+        words = self._fingerprints.difference(old.get("job") or {}, new["job"])
+        if not words and old.get("output_of") != new.get("output_of"):
+            return f"its model, the output of '{next(iter(new.get('output_of') or old['output_of']))}'"
+        return words
 
     def _is_there(self, outcome: Outcome) -> bool:
         if outcome.report is None or outcome.report_sha256 is None:

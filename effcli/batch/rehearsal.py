@@ -8,10 +8,10 @@ from pathlib import Path
 
 from effcli.batch import journal
 from effcli.batch.engine import Engine, JobSource
+from effcli.batch.faults import failure
 from effcli.batch.keeping import Fingerprinting, Keeper, check_needs
 from effcli.batch.locking import state_folder
 from effcli.batch.model import Job
-from effcli.errors import EffcliError
 from effcli.formatting import duration
 
 
@@ -105,8 +105,8 @@ def _planned(job: Job, plans: dict[str, _Plan], keeper: Keeper, engine: Engine, 
             return _Plan("cannot run", f"cannot run: {reason}")
         time = "time not known" if estimate is None else f"about {duration(estimate)}"
         return _Plan("run", f"runs ({why}); {engine.placement(job)}; {time}", estimate)
-    except (EffcliError, OSError) as error:
-        return _Plan("cannot run", f"cannot run: {error}")
+    except Exception as error:  # noqa: BLE001 - as when it runs: a model that cannot be read is its job's alone
+        return _Plan("cannot run", f"cannot run: {failure(error).message}")
 
 
 def _total(plans: Sequence[_Plan]) -> str:

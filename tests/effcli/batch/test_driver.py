@@ -89,6 +89,29 @@ def test_only_what_is_missing_failed_or_changed_runs(tmp_path: Path) -> None:
     assert _stages(run)["good"] == "kept"
 
 
+def test_what_only_the_run_finds_out_is_noted_with_its_result(tmp_path: Path) -> None:
+    class HubFingerprints(WordFingerprints):
+        commit: str | None = None
+
+        def of(self, item: Job) -> dict[str, Any]:
+            return {"commit": self.commit}
+
+        def difference(self, old: Any, new: Any) -> str:
+            return "commit" if None not in (old["commit"], new["commit"]) and old != new else ""
+
+    prints = HubFingerprints()
+
+    def fetch() -> None:
+        prints.commit = "first"
+
+    _run(tmp_path, [job("a")], FakeEngine({"a": [fetch]}), prints)
+    run, engine = _run(tmp_path, [job("a")], prints=prints)
+    assert _stages(run) == {"a": "kept"}
+    prints.commit = "second"
+    run, engine = _run(tmp_path, [job("a")], prints=prints)
+    assert engine.ran == ["a"]
+
+
 def test_an_output_is_good_again_when_a_change_is_taken_back(tmp_path: Path) -> None:
     _run(tmp_path, [job("a")])
     _run(tmp_path, [job("a", x=1)], FakeEngine({"a": [failed()]}))
