@@ -12,7 +12,6 @@ The job's process ends with the actor's, and the actor's with its node's: what R
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli.batch.model import Event, Job, Outcome
-from effcli.batch.storage import Storage, is_url
-from effcli.errors import EXIT_BAD_INPUT, EXIT_NO_ROOM
+from effcli.batch.storage import is_url, log_file
+from effcli.errors import EXIT_BAD_INPUT, EXIT_NO_ROOM, EffcliError
 from effcli.reports.model import plain
 from effcli.staging import folder_for
 
@@ -69,13 +68,16 @@ class Slot:
         if refused is not None:
             yield _finished(given, refused)
             return
-        with tempfile.TemporaryDirectory(prefix="effcli-batch-") as folder:
-            printed = Path(folder) / "log" if is_url(log) else Path(log)
-            for event in self._events(given, output, str(printed), attempt):
-                if event.kind in ("finished", "lost") and is_url(log) and printed.exists():
-                    place, _, name = log.rpartition("/")
-                    Storage(place).write(name, printed.read_bytes())
-                yield plain(event)
+        try:
+            with log_file(log) as printed:  # here, so that the log of a process that crashes is kept
+                for event in self._events(given, output, printed, attempt):
+                    if event.kind in ("finished", "lost"):
+                        last = plain(event)
+                    else:
+                        yield plain(event)
+        except EffcliError as error:
+            last = _finished(given, Outcome("failed", str(error), error.exit_code, retry=True))
+        yield last
 
     def _events(self, job: Job, output: str, log: str, attempt: int) -> Iterator[Event]:
         engine = self._local()

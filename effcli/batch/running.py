@@ -28,6 +28,7 @@ from effcli.batch.commands import command_of
 from effcli.batch.memory import MemoryWatch
 from effcli.batch.model import Job, Outcome, Status
 from effcli.batch.model_cache import ModelCache
+from effcli.batch.storage import is_url, run_on_url
 from effcli.checkpoint_files import sha256_of
 from effcli.errors import (
     EXIT_BUG,
@@ -66,7 +67,7 @@ def run_job(
     ----------
     job : Job
     output : str
-        The batch's folder, absolute; the job writes ``NAME`` in it.
+        The batch's folder, absolute, or its URL; the job writes ``NAME`` in it.
     progress : Progress
     models : ModelCache, optional
         What jobs of this process share.
@@ -81,6 +82,13 @@ def run_job(
         Also of a job that fails: nothing is raised but what interrupts (Ctrl-C). What went wrong, and the traceback
         of a bug, are on stderr.
     """
+    if is_url(output):
+        try:
+            return run_on_url(
+                output, job.name, job.model_from, lambda folder: run_job(job, folder, progress, models, attempt, memory)
+            )
+        except Exception as error:  # noqa: BLE001 - as below; from another machine the URL may be reached
+            return dataclasses.replace(_failed(error), retry=True)
     kept, target = models or ModelCache(), Path(output) / job.name
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:

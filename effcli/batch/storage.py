@@ -31,7 +31,8 @@ PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Between the tries of one operation, so that a short loss of the network costs nothing but time."""
 WATCH_SECONDS = 0.5
 """How often staged work is looked at for a newly finished stage."""
-REPORT = "report.json"
+LAST = ("result.json", "report.json")
+"""Files of a job's folder that stand for all others."""
 _STATE = "state.json"
 _BLOCK_BYTES = 2**20
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
@@ -205,15 +206,16 @@ def publish(folder: Path, storage: Storage, name: str) -> None:
     StorageError
     """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    storage.remove(f"{name}/{REPORT}")
+    for path in LAST:
+        storage.remove(f"{name}/{path}")
     for stale in set(storage.files(name)) - set(files):
         storage.remove(f"{name}/{stale}")
-    hashes = {path: storage.upload(folder / path, f"{name}/{path}") for path in files if path != REPORT}
-    if REPORT in files:
-        hashes[REPORT] = sha256_of(folder / REPORT)
+    last = [path for path in LAST if path in files]
+    hashes = {path: storage.upload(folder / path, f"{name}/{path}") for path in files if path not in last}
+    hashes |= {path: sha256_of(folder / path) for path in last}
     storage.write(_manifest(name), json.dumps(hashes, indent=1).encode())
-    if REPORT in files:
-        storage.write(f"{name}/{REPORT}", (folder / REPORT).read_bytes())
+    for path in last:
+        storage.write(f"{name}/{path}", (folder / path).read_bytes())
 
 
 def fetch(storage: Storage, name: str, folder: Path) -> Path:
@@ -335,6 +337,27 @@ def run_on_url(output: str, name: str, model_from: str | None, run: Callable[[st
         if not folder_for(here / name).exists():
             staged.remove()
         return answer
+
+
+@contextlib.contextmanager
+def log_file(log: str) -> Iterator[str]:
+    """Yield a file of this machine for a log; one that belongs on a URL is put there after the block.
+
+    Raises
+    ------
+    StorageError
+    """
+    if not is_url(log):
+        yield log
+        return
+    with tempfile.TemporaryDirectory(prefix="effcli-batch-") as folder:
+        printed = Path(folder) / "log"
+        try:
+            yield str(printed)
+        finally:
+            if printed.exists():
+                place, _, name = log.rpartition("/")
+                Storage(place).write(name, printed.read_bytes())
 
 
 def _manifest(name: str) -> str:

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 from effcli.batch.memory import MemoryWatch, gpu_memory_bytes
 from effcli.batch.model import Job, Outcome
 from effcli.batch.running import ModelCache, run_job
-from effcli.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK
+from effcli.batch.storage import log_file
+from effcli.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EffcliError
 from effcli.reports.model import plain
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class _Worker:
         job = Job.from_mapping(request["job"])
         self._stages = Stages()
         try:
-            with _printed_to(request["log"]):
+            with log_file(request["log"]) as log, _printed_to(log):
                 started = datetime.now(UTC).isoformat(timespec="seconds")
                 sys.stderr.write(f"--- {job.name}, attempt {request['attempt']}, {started}, process {os.getpid()}\n")
                 sys.stderr.write(request["note"])
@@ -145,6 +146,8 @@ class _Worker:
                 f"cannot write the log '{request['log']}' ({error.strerror}); make room, or choose another --output"
             )
             return Outcome("failed", message, exit_code=EXIT_BAD_INPUT)
+        except EffcliError as error:  # a log on a URL
+            return Outcome("failed", str(error), exit_code=error.exit_code, retry=True)
         finally:
             self._stages = None
 

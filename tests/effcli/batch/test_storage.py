@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from effcli.batch import storage
+from effcli.batch.model import Job
+from effcli.batch.running import run_job
 from effcli.batch.storage import StagedWork, Storage, StorageError, fetch, publish, run_on_url
 from effcli.errors import BadInputError, NoRoomError
 from effcli.staging import Staging, open_staging
+from profilers.base import SilentProgress
 
 
 class Flaky(MemoryFileSystem):
@@ -47,6 +51,7 @@ class Flaky(MemoryFileSystem):
         return content
 
     def mv(self, path1: str, path2: str, **options: Any) -> None:
+        self._refuse()
         self.written.append(path2)
         super().mv(path1, path2, **options)
 
@@ -235,6 +240,30 @@ def test_a_job_reads_another_ones_output() -> None:
     run_on_url("memory://runs", "first", None, first)
     assert run_on_url("memory://runs", "second", "first", second) == "www"
     assert Storage("memory://runs").files("second") == []
+
+
+def test_a_log_comes_to_its_url_also_from_a_job_that_fails() -> None:
+    with pytest.raises(RuntimeError), storage.log_file("memory://runs/logs/job.log") as log:
+        Path(log).write_text("said")
+        raise RuntimeError
+    assert Storage("memory://runs").read("logs/job.log") == b"said"
+    with storage.log_file("/logs/job.log") as log:
+        assert log == "/logs/job.log"
+
+
+def test_a_job_runs_the_same_way_on_a_url(tmp_path: Path) -> None:
+    job = Job("nap", "call", "", "none", "x", {"function": "operator:add", "arguments": {}})
+    refused = run_job(job, "memory://runs", SilentProgress())
+    assert (refused.status, refused.retry) == ("failed", False)
+    passed = replace(job, settings={"function": "builtins:dict", "arguments": {"a": 1}})
+    here, there = (run_job(passed, output, SilentProgress()) for output in (str(tmp_path), "memory://runs"))
+    assert here.status == there.status == "passed"
+    assert (here.report, here.report_sha256) == (there.report, there.report_sha256)
+    assert Storage("memory://runs").read("nap/result.json") == (tmp_path / "nap" / "result.json").read_bytes()
+    Flaky.refuse = [ConnectionError("gone")] * 9
+    lost = run_job(passed, "flaky://runs", SilentProgress())
+    assert (lost.status, lost.retry) == ("failed", True)
+    assert "gone; check that the place can be reached" in lost.message
 
 
 def test_the_report_of_a_gate_that_failed_is_kept() -> None:
