@@ -116,6 +116,7 @@ def load(
     config_only: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    auto_class: Any = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model, its config and its tokenizer; no flag is ever taken from the checkpoint's own config.
@@ -134,6 +135,8 @@ def load(
         Build the model on the meta device: shapes without storage. A source of kind ``config`` implies it.
     allow_pickle, trust_remote_code : bool
         As in :func:`effcli.sources.resolve`.
+    auto_class : type, optional
+        What builds the model: a class of transformers, also for encoders. Default: the language model's, by its config.
     progress : Progress or None
 
     Raises
@@ -156,7 +159,7 @@ def load(
         opened = (
             _Gguf(source) if source.kind == "gguf" else _Folder(source, config_only, allow_pickle, trust_remote_code)
         )
-        auto = _auto_class(opened.config, source.spec, trust_remote_code=trust_remote_code)
+        auto = auto_class or _auto_class(opened.config, source.spec, trust_remote_code=trust_remote_code)
         torch_dtype, dtype_reason = choose_dtype(
             dtype, opened.config, chosen, stored=opened.stored, dequantized_from=opened.dequantized_from
         )
@@ -382,6 +385,8 @@ def _on_meta(auto: type[Any], config: PreTrainedConfig, dtype: torch.dtype, *, t
     import torch
 
     with torch.device("meta"):
+        if not hasattr(auto, "from_config"):  # a model's own class
+            return auto._from_config(config, dtype=dtype)
         return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 

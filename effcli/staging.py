@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from effcli import provenance
 from effcli.checkpoint_files import CONFIG, PIPELINE, sha256_of
 from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, SourceError
@@ -36,6 +35,8 @@ _LOCK = "lock"
 _OUT = "out"
 _REPLACED = "replaced"
 _WORK_SUFFIX = ".work"
+_RECORDS = ("effcli.json", "effcli-onnx.json")
+"""What a checkpoint or an export says of itself, with the sha256 of its files."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 # What safetensors says when the operating system refuses a write: its error carries the number only as text.
@@ -209,8 +210,9 @@ class Staging:
             path.chmod(new_file_mode())
             _sync(path)
         _sync(self.out)
-        if (self.out / provenance.FILE).is_file():
-            self._state["published"] = sha256_of(self.out / provenance.FILE)
+        record = _record(self.out)
+        if record is not None:
+            self._state["published"] = sha256_of(record)
             self._write()
         aside = self.folder / _REPLACED
         if self.target.is_dir() and any(self.target.iterdir()):
@@ -363,8 +365,13 @@ def published_earlier(target: Path) -> bool:
     """Say whether an earlier run renamed its checkpoint into place and was stopped before it could clean up."""
     state = _read_state(folder_for(target) / _STATE)
     expected = None if state is None else state.get("published")
-    record = target / provenance.FILE
-    return expected is not None and record.is_file() and sha256_of(record) == expected
+    record = _record(target)
+    return expected is not None and record is not None and sha256_of(record) == expected
+
+
+def _record(folder: Path) -> Path | None:
+    """Return the file that says what a folder is, None where there is none."""
+    return next((path for name in _RECORDS if (path := folder / name).is_file()), None)
 
 
 def _begun(folder: Path) -> bool:

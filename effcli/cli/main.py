@@ -17,6 +17,7 @@ from effcli.cli import (
     compare,
     doctor,
     evaluate,
+    export,
     gate,
     models,
     optimize,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command("profile")(profile.command)
 app.command("plan")(plan.command)
 app.command("optimize")(optimize.command)
+app.command("export")(export.command)
 app.command("eval")(evaluate.command)
 app.command("batch")(batch.command)
 app.command("compare")(compare.command)

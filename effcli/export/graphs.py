@@ -1,0 +1,431 @@
+"""From a live torch model to ONNX graphs with the inputs and outputs that ONNX runtimes for language models expect.
+
+::
+
+    PreTrainedModel ──TextGraph / EncoderGraph (flat tensors in and out)──> transformers' OnnxExporter ──> onnx_ir.Model
+                                                                                      │
+                               names, dynamic batch and lengths, weights kept under their own names
+
+Attention is traced through one function of ours: the cache keeps its own heads (no copies for grouped queries), and
+masks are finite numbers, so that a row of padding cannot become NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from effcli.errors import BadInputError
+from effcli.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    import onnx_ir
+    import torch
+    from transformers import PreTrainedModel
+
+ATTENTION = "effcli_onnx"
+HIGHEST_OPSET = 23
+"""The highest that torch's exporter writes (torch.onnx, 2.13) and onnxruntime runs; from it on attention is one op."""
+PLAIN_ATTENTION_OPSET = 22
+"""Up to it, attention is made of plain products: for models whose own attention cannot be replaced in a trace."""
+LOWEST_OPSET = 18
+"""What torch's exporter has implementations for; lower ones would be converted, which can fail."""
+PREFIX = "model."
+"""Of the names that a wrapped model's weights have."""
+_SAMPLE = {"batch": 2, "sequence": 3, "past": 5}
+_NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter._registration")
+
+
+class NotExportableError(BadInputError):
+    """The model has a part that ONNX, or the exporter, has nothing for."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Shape of the cache of one layer.
+
+    Attributes
+    ----------
+    heads : int
+    key_size, value_size : int
+        Of one head.
+    """
+
+    heads: int
+    key_size: int
+    value_size: int
+
+
+def text_graphs(
+    model: PreTrainedModel, *, opset: int, caches: tuple[CacheShape, ...]
+) -> Iterator[tuple[str, onnx_ir.Model]]:
+    """Lower a causal language model: ``prefill`` (no cache in) and ``decode`` (any cache in, any number of tokens).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    opset : int
+    caches : tuple of CacheShape
+        By layer, from :func:`cache_shapes`.
+
+    Yields
+    ------
+    name, graph
+
+    Raises
+    ------
+    NotExportableError
+        Naming the module that cannot be lowered.
+    """
+    import torch
+
+    graph = _text_graph(model)
+    batch, sequence = _SAMPLE["batch"], _SAMPLE["sequence"]
+    for name, past in (("prefill", 0), ("decode", _SAMPLE["past"])):
+        inputs: dict[str, Any] = {
+            "input_ids": torch.ones(batch, sequence, dtype=torch.long),
+            "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
+            "position_ids": torch.arange(past, past + sequence).repeat(batch, 1),
+        }
+        axes: dict[str, Any] = {
+            "input_ids": {0: "batch", 1: "sequence"},
+            "attention_mask": {0: "batch", 1: "total" if past else "sequence"},
+            "position_ids": {0: "batch", 1: "sequence"},
+        }
+        if past:
+            inputs["past_key_values"] = [
+                {
+                    "key": torch.zeros(batch, shape.heads, past, shape.key_size, dtype=model.dtype),
+                    "value": torch.zeros(batch, shape.heads, past, shape.value_size, dtype=model.dtype),
+                }
+                for shape in caches
+            ]
+            axes["past_key_values"] = [{part: {0: "batch", 2: "past"} for part in ("key", "value")} for _ in caches]
+        yield name, _lower(graph, inputs, axes, opset, past=past)
+
+
+def encoder_graph(model: PreTrainedModel, inputs: dict[str, torch.Tensor], *, opset: int) -> onnx_ir.Model:
+    """Lower a model that keeps no cache: encoders, embedding models, classifiers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    inputs : dict of str to torch.Tensor
+        Dummy inputs of shape (batch, sequence).
+    opset : int
+
+    Raises
+    ------
+    NotExportableError
+        Naming the module that cannot be lowered.
+    """
+    axes = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    return _lower(_encoder_graph(model), dict(inputs), axes, opset, past=0)
+
+
+def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
+    """Return the shape of each layer's cache, as the model itself fills it on a few tokens.
+
+    Raises
+    ------
+    NotExportableError
+        If a layer keeps something else than keys and values (a recurrent state, codes), or the model no cache at all.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True
+            )
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+        raise _own_cache(model, str(error).splitlines()[0]) from None
+    shapes = []
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != 2:
+            raise _own_cache(model, f"layer {index} keeps no keys and values ({type(layer).__name__})")
+        shapes.append(CacheShape(keys.shape[1], keys.shape[3], values.shape[3]))
+    if not shapes:
+        raise _own_cache(model, "it fills no key-value cache")
+    return tuple(shapes)
+
+
+def _own_cache(model: PreTrainedModel, reason: str) -> NotExportableError:
+    return NotExportableError(
+        f"{type(model).__name__} cannot be exported to ONNX: {reason}; only layers with a plain key-value cache can, "
+        "so export a model without recurrent layers, or the checkpoint before such a pass"
+    )
+
+
+def _text_graph(model: PreTrainedModel) -> torch.nn.Module:
+    import torch
+    from transformers import DynamicCache
+
+    class TextGraph(torch.nn.Module):
+        """A language model over flat tensors.
+
+        Every layer keeps its whole cache: a sliding window is left to the mask, so all layers have one length.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.config = model.config
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            position_ids: torch.Tensor,
+            past_key_values: list[dict[str, torch.Tensor]] | None = None,
+        ) -> dict[str, Any]:
+            cache = DynamicCache()
+            for index, layer in enumerate(past_key_values or ()):
+                cache.update(layer["key"], layer["value"], index)
+            found = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+                **extra(position_ids),
+            )
+            present = [{"key": layer.keys, "value": layer.values} for layer in cache.layers]
+            return {"logits": found.logits, "present": present}
+
+    takes_positions = "position_ids" in _parameters(model)
+
+    def extra(position_ids: torch.Tensor) -> dict[str, Any]:
+        return {"position_ids": position_ids} if takes_positions else {}
+
+    return TextGraph().eval()
+
+
+def _encoder_graph(model: PreTrainedModel) -> torch.nn.Module:
+    import torch
+
+    class EncoderGraph(torch.nn.Module):
+        """An encoder over flat tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.config = model.config
+
+        def forward(self, **inputs: torch.Tensor) -> dict[str, Any]:
+            found = self.model(**inputs, return_dict=True)
+            return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+    return EncoderGraph().eval()
+
+
+def _parameters(model: PreTrainedModel) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def _lower(
+    graph: torch.nn.Module, inputs: dict[str, Any], axes: dict[str, Any], opset: int, *, past: int
+) -> onnx_ir.Model:
+    """Trace and translate one graph, then name what goes in and out and its dynamic sizes."""
+    import torch
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    model: Any = graph.model
+    device = model.device
+    inputs = torch.utils._pytree.tree_map(lambda tensor: tensor.to(device), inputs)
+    config = OnnxConfig(
+        dynamic_shapes=_dims(axes, past), opset_version=opset, optimize=False, external_data=True,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )  # fmt: skip
+    with _attention(model), _trail(graph) as trail, _quiet():
+        try:
+            program = OnnxExporter().export(graph, inputs, config=config)
+        except Exception as error:  # noqa: BLE001 - torch raises dozens of types; whatever it is, this model stays torch
+            raise _explain(model, graph, inputs, config, error, trail) from error
+        lowered: onnx_ir.Model = program.model
+        # Transposed weights stay ops (onnxruntime folds them when it loads): so they keep their name and one copy.
+        optimizer.optimize_ir(lowered, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+        common.ClearMetadataAndDocStringPass()(lowered)  # stack traces of this machine
+    _name_sizes(lowered, axes)
+    return lowered
+
+
+def _dims(axes: Any, past: int) -> Any:
+    """Turn names of sizes into torch's dynamic sizes; ``total`` is past + sequence, which torch finds itself."""
+    from torch.export import Dim
+
+    known = {name: Dim(name, min=1, max=1 << 24) for name in ("batch", "sequence", "past")}
+
+    def convert(item: Any) -> Any:
+        if isinstance(item, list):
+            return [convert(entry) for entry in item]
+        if all(isinstance(key, int) for key in item):
+            return {axis: Dim.DYNAMIC if name == "total" else known[name] for axis, name in item.items()}
+        return {key: convert(value) for key, value in item.items()}
+
+    return convert(axes)
+
+
+def _name_sizes(lowered: onnx_ir.Model, axes: dict[str, Any]) -> None:
+    """Give dynamic sizes of inputs and outputs the names that readers expect, instead of torch's ``s17``."""
+    import onnx_ir as ir
+
+    flat: dict[str, dict[int, str]] = {}
+    for name, item in axes.items():
+        if isinstance(item, list):
+            flat |= {f"{name}.{index}.{part}": entry[part] for index, entry in enumerate(item) for part in entry}
+        else:
+            flat[name] = item
+    total = "total" if any(name == "total" for item in flat.values() for name in item.values()) else "sequence"
+    for value in lowered.graph.inputs:
+        names = flat[str(value.name)]
+        assert value.shape is not None
+        value.shape = ir.Shape([names.get(axis, size) for axis, size in enumerate(value.shape)])
+    for value in lowered.graph.outputs:
+        if value.shape is None:
+            continue
+        second = {2: total} if str(value.name).startswith("present.") else {1: "sequence"}
+        sizes = [
+            size if isinstance(size, int) else {0: "batch", **second}.get(axis, str(size))
+            for axis, size in enumerate(value.shape)
+        ]
+        value.shape = ir.Shape(sizes)
+
+
+def traced_attention(model: Any) -> str | None:
+    """Return the attention that a model is traced with, None where its own cannot be replaced.
+
+    It is ours in place of torch's fused one, and the eager one where the model runs another (sinks, soft caps).
+    """
+    if not model._can_set_attn_implementation():
+        return None
+    return ATTENTION if model.config._attn_implementation == "sdpa" else "eager"
+
+
+@contextlib.contextmanager
+def _attention(model: Any) -> Iterator[None]:
+    """Trace with :func:`traced_attention`; the model is as before after the block."""
+    import torch.nn.functional as F
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    def attention(
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        scaling: float | None = None,
+        position_bias: Any = None,
+        **_: Any,
+    ) -> tuple[Any, None]:
+        if position_bias is not None:
+            attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
+        grouped = query.shape[1] != key.shape[1]
+        found = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
+        )
+        return found.transpose(1, 2).contiguous(), None
+
+    chosen, before = traced_attention(model), model.config._attn_implementation
+    if chosen is None:
+        yield
+        return
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+    try:
+        model.set_attn_implementation(chosen)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        AttentionInterface._global_mapping.pop(ATTENTION, None)
+        AttentionMaskInterface._global_mapping.pop(ATTENTION, None)
+
+
+@contextlib.contextmanager
+def _trail(graph: torch.nn.Module) -> Iterator[list[str]]:
+    """Follow which module runs: where tracing stops with an error, the list ends with the module that caused it."""
+    running: list[str] = []
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in graph.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _explain(
+    model: Any, graph: torch.nn.Module, inputs: Any, config: Any, error: Exception, trail: list[str]
+) -> NotExportableError:
+    """Return an error that names the module whose op cannot be traced or translated."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    texts = "\n".join(str(item) for item in chain)
+    module = trail[-1] if trail else _module_of(graph, inputs, config, texts)
+    op = re.search(r"op='([\w.]+)'|No ONNX function found for <?([\w.:]+)", texts)
+    reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
+    what = (
+        f"the exporter has nothing for {op.group(1) or op.group(2)}" if op else f"{type(chain[-1]).__name__}: {reason}"
+    )
+    where = ""
+    if module:
+        name = module.removeprefix(PREFIX)
+        with contextlib.suppress(AttributeError):
+            name = f"{name} ({type(graph.get_submodule(module)).__name__})"
+        where = f" at module {name}"
+    return NotExportableError(f"{type(model).__name__} cannot be exported to ONNX{where}: {what[:300]}")
+
+
+def _module_of(graph: torch.nn.Module, inputs: Any, config: Any, text: str) -> str | None:
+    """Return the module that a node which could not be translated comes from: the trace is made again to look."""
+    import dataclasses
+
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    found = re.search(r"%(\w+)", text)
+    if found is None:
+        return None
+    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(DynamoConfig)}
+    try:
+        program = DynamoExporter().export(graph, inputs, config=DynamoConfig(**plain))
+    except Exception:  # noqa: BLE001 - the first error is said; this is only to place it
+        return None
+    for node in program.graph.nodes:
+        if node.name == found.group(1) and node.meta.get("nn_module_stack"):
+            return str(list(node.meta["nn_module_stack"].values())[-1][0])
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries: what the user should know of an export is in its report."""
+    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
+    with quiet_transformers(), warnings.catch_warnings(), open("/dev/null", "w") as sink:
+        warnings.simplefilter("ignore")
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            with contextlib.redirect_stdout(sink):
+                yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
