@@ -313,7 +313,8 @@ def _four_bit(values: np.ndarray) -> Any:
 def _as(array: np.ndarray, dtype: onnx_ir.DataType) -> np.ndarray:
     import numpy as np
 
-    return np.asarray(array, dtype=dtype.numpy())
+    found: np.ndarray = np.asarray(array, dtype=dtype.numpy())
+    return found
 
 
 def _products(value: onnx_ir.Value) -> dict[Any, list[Any]]:
