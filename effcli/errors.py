@@ -50,6 +50,20 @@ class GateFailedError(EffcliError):
     exit_code = EXIT_GATE_FAILED
 
 
+class GivenUpError(GateFailedError):
+    """A first look at little text showed that a gate on quality will not hold.
+
+    Attributes
+    ----------
+    figures : dict
+        What was measured of quality, by metric of :data:`effcli.gates.METRICS`.
+    """
+
+    def __init__(self, message: str, figures: dict[str, float | None] | None = None) -> None:
+        super().__init__(message)
+        self.figures = figures or {}
+
+
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(value, list(known), n=1)

@@ -154,6 +154,11 @@ def parse(text: str, known: Mapping[str, Metric] = METRICS) -> Gate:
     return Gate(text.strip(), metric.name, op, number, kind)
 
 
+def holds(gate: Gate, measured: float) -> bool:
+    """Say whether a measured value keeps a gate; the value is of the gate's kind: a change, a ratio or itself."""
+    return _OPERATORS[gate.op][0](measured, gate.limit) if math.isfinite(measured) else False
+
+
 def evaluate(
     gates: Sequence[Gate],
     before: Mapping[str, float | None],
@@ -197,7 +202,7 @@ def _evaluate(
     measured = after
     if gate.kind != "value" and before is not None:
         measured = after / before - (1 if gate.kind == "change" else 0)
-    passed = _OPERATORS[gate.op][0](measured, gate.limit) if math.isfinite(measured) else False
+    passed = holds(gate, measured)
     return GateResult(
         gate.text, gate.metric, measured, gate.limit, passed, _explain(gate, metric, before, after, measured)
     )

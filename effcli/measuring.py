@@ -3,6 +3,7 @@
 ::
 
     before: load the source ── profile ── reference of its logits ── tasks          (worker 1)
+    first look: quality on little text, where the recipe asks for it
     after:  read the staged folder ── profile ── quality against the reference ── tasks ── compiled decode
             ── what each pass measures itself ── logits of the fast kernels against plain weights     (worker 2)
 
@@ -229,6 +230,42 @@ def after(
                 logit_agreement(fast, record_reference(simple.model, fast.windows, progress=progress))
             )
     return {**result, "seconds": clock.seconds}
+
+
+def first_look(
+    *,
+    checkpoint: str,
+    before_folder: str,
+    device: str,
+    dtype: str,
+    kernels: Literal["auto", "plain"],
+    tokens: int,
+    text_name: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure a written checkpoint's quality on the first windows alone.
+
+    Parameters
+    ----------
+    tokens : int
+        As many windows as hold them, one at least.
+    checkpoint, before_folder, device, dtype, kernels, text_name, trust_remote_code, progress
+        As for :func:`after`.
+    """
+    from effcli import checkpoint as checkpoints
+    from effcli.quiet import quiet_transformers
+    from profilers.quality import Reference, measure_quality
+
+    clock, kept = Clock(), Path(before_folder)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with clock.stage("quality"), quiet_transformers():
+        found = checkpoints.load(checkpoint, device=device, dtype=dtype, kernels=kernels, progress=progress, **trust)
+        whole = Reference.load(kept / REFERENCE_FOLDER, found.source.device, **trust)
+        count = max(1, math.ceil(tokens / whole.windows.shape[1]))
+        reference = dataclasses.replace(whole, windows=whole.windows[:count], states=whole.states[:count])
+        quality = measure_quality(found.model, reference.windows, reference, text_name=text_name, progress=progress)
+    return {"quality": plain(quality), "seconds": clock.seconds}
 
 
 def _measured(

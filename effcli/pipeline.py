@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effcli import assembly, measuring, planning, provenance, worker
+from effcli import assembly, first_look, measuring, planning, provenance, worker
 from effcli import dry_run as dry_runs
 from effcli.audit import audit
 from effcli.diffusion.opening import is_pipeline
@@ -188,6 +188,9 @@ class Run:
                 apply = partial(self._pass, number=number, item=item, before=before, done=tuple(done))
                 done.append(self._stage(f"pass-{number}", apply))
                 overall.advance()
+            if self.job.recipe.evaluation.first_look is not None and before["quality_reason"] is None:
+                looked = self._stage("first-look", lambda folder: self._first_look(folder, before))
+                first_look.check(self.job, self.staging, looked["quality"])
             after = self._stage("after", lambda folder: self._after(folder, before))
             self._warn(assembly.profile_warnings("after", after))
             overall.advance()
@@ -354,6 +357,26 @@ class Run:
 
         written = Source(str(folder), "folder", folder)
         return loading.load(written, config_only=True, **self.job.options.trust).model
+
+    def _first_look(self, folder: Path, before: Mapping[str, Any]) -> dict[str, Any]:
+        job, options, started = self.job, self.job.options, time.perf_counter()
+        result = self.measurer.run(
+            "first-look",
+            {
+                "checkpoint": str(self.staging.path(f"pass-{len(job.chain)}")),
+                "before_folder": str(self.staging.path("before")),
+                "device": str(job.device),
+                "dtype": before["dtype"],
+                "kernels": options.kernels,
+                "tokens": job.recipe.evaluation.first_look,
+                "text_name": job.texts.name,
+                "trust_remote_code": options.trust_remote_code,
+            },
+            folder,
+            self.progress,
+        )
+        self.times.add(StageTime("first look: quality", time.perf_counter() - started, own=False))
+        return result
 
     def _after(self, folder: Path, before: Mapping[str, Any]) -> dict[str, Any]:
         job, options = self.job, self.job.options

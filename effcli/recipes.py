@@ -53,6 +53,9 @@ class Evaluation(_Strict):
     tokens: int = Field(default=8192, ge=256, description="Tokens to evaluate at most.")
     context: int = Field(default=512, ge=32, description="Tokens of one window; windows do not overlap.")
     tasks: Path | None = Field(default=None, description="JSONL file of multiple-choice or cloze tasks.")
+    first_look: int | None = Field(
+        default=None, ge=64, description="Tokens to look at first: a gate that is clearly missed on them ends the run."
+    )
 
     @field_serializer("text", "tasks")
     def _as_text(self, value: Path | None) -> str | None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 JOBS = {
     "before": "effcli.measuring:before",
+    "first-look": "effcli.measuring:first_look",
     "after": "effcli.measuring:after",
 }
 # Imported while the worker waits; transformers' submodules are slow and come in at first use otherwise.

@@ -30,6 +30,8 @@ QUALITY = ("ppl", "kl", "kl_p99", "top1", "accuracy")
 """Metrics of :data:`effcli.gates.METRICS` that say what is left of the model; the others say what it costs."""
 HIGHER_IS_BETTER = frozenset({"top1", "accuracy", "tokens_per_second"})
 
+TRIALS = 20
+
 _DURATION = re.compile(r"(\d+(?:\.\d*)?)\s*(s|m|min|h|d)")
 _UNIT_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -128,7 +130,7 @@ class SearchSpec(_Strict):
     minimize: str | None = Field(default=None, description="Metric to make small, as gates name it: tpot.")
     maximize: str | None = Field(default=None, description="Metric to make large, instead.")
     subject_to: tuple[str, ...] = Field(default=(), description="Gates that a result has to keep: ppl<=+2%.")
-    trials: int = Field(default=20, ge=1, description="Recipes to try at most.")
+    trials: int | None = Field(default=None, ge=1, description="Recipes to try at most; default 20, of a grid all.")
     time: Seconds | None = Field(default=None, description="Start no further trial after this time: 2h.")
     seed: int = Field(default=0, ge=0, description="Of the sampler, and of the recipes.")
     sampler: Literal["tpe", "random", "grid"] = Field(default="tpe", description="How the next trial is chosen.")
@@ -180,6 +182,11 @@ class SearchSpec(_Strict):
                 if space.values() is None:
                     raise ValueError(f"sampler grid cannot count the values of '{name}'; give it a step")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """How many recipes to try at most, None for all."""
+        return TRIALS if self.trials is None and self.sampler != "grid" else self.trials
 
     @property
     def metric(self) -> str:
