@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from effcli.cli.options import QuietOption
 from effcli.cli.output import check_writable, warn
-from effcli.errors import EXIT_OK, BadInputError, did_you_mean
+from effcli.errors import EXIT_OK, BadInputError, EffcliError, did_you_mean
 
 if TYPE_CHECKING:
-    from effcli.batch.engine import Engine, JobSource, View
+    from effcli.batch.engine import Engine, View
+    from effcli.batch.fingerprint import Fingerprints
+    from effcli.batch.jobs_file import JobsFile
     from effcli.batch.model import Job, JobState
+    from effcli.batch.search import Search
 
 MOST_ROWS = 60
 """Of the table at the end; a longer batch shows only what did not pass, and the page shows all."""
 GOOD = ("passed", "kept")
+SEARCH_JOBS = 4
+"""Jobs of a search at a time where neither the file nor --workers says how many: more at once learn less from each."""
 
 
 class EngineName(StrEnum):
@@ -75,21 +81,28 @@ def command(
     if prometheus is not None:
         check_writable(prometheus)
     from effcli.batch import driver, matrix, summary
+    from effcli.batch import jobs_file as files
     from effcli.batch.fingerprint import Fingerprints
-    from effcli.batch.jobs_file import read
+    from effcli.batch.locking import state_folder
 
-    file = read(jobs_file, _variables(variables or ()))
+    file = files.read(jobs_file, _variables(variables or ()))
     where = _absolute(output or file.output)
-    searches = _searches(file, where)
-    jobs, sources = _chosen(matrix.jobs(file), searches, only)
     on = _engine(engine, address, workers or file.workers)
-    common: dict[str, Any] = {"fingerprints": Fingerprints(), "sources": sources}
+    bases = {name: matrix.search_job(file, name) for name in file.search}
+    jobs, chosen = _chosen(matrix.jobs(file), bases, only)
+    parallel = workers or file.workers or (len(on.workers()) if engine is EngineName.local else SEARCH_JOBS)
     if dry_run:
-        with on:
-            for line in driver.dry_run(jobs, where, on, **common):
+        hashes = Fingerprints()
+        with on, TemporaryDirectory() as scratch:
+            searches = [_search(file, bases[name], where, Path(scratch), parallel, hashes, dry=True) for name in chosen]
+            for line in driver.dry_run(jobs, where, on, fingerprints=hashes, sources=searches):
                 typer.echo(line)
         return
-    ran = driver.run(jobs, where, on, view=_view(prometheus, quiet=quiet), **common)
+    state = state_folder(where)
+    hashes = Fingerprints(state / "hashes.json")
+    searches = [_search(file, bases[name], where, state, parallel, hashes) for name in chosen]
+    view = _view(prometheus, quiet=quiet)
+    ran = driver.run(jobs, where, on, view=view, fingerprints=hashes, sources=searches)
     report = summary.batch_report(
         ran.states,
         command=shlex.join(["effcli", *sys.argv[1:]]),
@@ -99,7 +112,7 @@ def command(
         workers=ran.workers,
         seconds_spent=ran.seconds_spent,
         exit_code=ran.exit_code,
-        searches=[search.result() for search in sources],
+        searches=[search.result() for search in searches],
     )
     summary.write(report, where)
     if not quiet:
@@ -121,12 +134,21 @@ def _absolute(output: str) -> str:
     return output if "://" in output else str(Path(output).absolute())
 
 
-def _searches(file: Any, output: str) -> list[Any]:
-    if not file.search:
-        return []
-    from effcli.batch.search import searches
+def _search(
+    file: JobsFile, base: Job, output: str, state: Path, parallel: int, fingerprints: Fingerprints, *, dry: bool = False
+) -> Search:
+    """Return the search that ``base`` starts; where its model cannot be read, its jobs are what fails."""
+    from effcli.batch.search import Search
 
-    return searches(file, output)
+    name = base.part
+    spec = file.search[name]
+    try:
+        fingerprint = fingerprints.of(base)
+    except EffcliError:
+        fingerprint = None
+    if dry:
+        spec = spec.model_copy(update={"storage": None})
+    return Search(name, spec, base, output, state=state, parallel=parallel, fingerprint=fingerprint)
 
 
 def _engine(name: EngineName, address: str | None, workers: int | None) -> Engine:
@@ -140,28 +162,23 @@ def _engine(name: EngineName, address: str | None, workers: int | None) -> Engin
 
 
 def _chosen(
-    jobs: Sequence[Job], sources: Sequence[JobSource], only: Sequence[str] | None
-) -> tuple[list[Job], list[JobSource]]:
-    """Return the jobs and searches that any pattern names, with all that they need, in their order."""
+    jobs: Sequence[Job], searches: Mapping[str, Job], only: Sequence[str] | None
+) -> tuple[list[Job], list[str]]:
+    """Return the jobs and the names of the searches that any pattern names, with all that they need, in their order."""
     if not only:
-        return list(jobs), list(sources)
-    names = [*(job.name for job in jobs), *(source.name for source in sources)]
+        return list(jobs), list(searches)
+    by_name = {job.name: job for job in jobs} | dict(searches)
     for pattern in only:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise BadInputError(f"--only '{pattern}' names no job of this file{did_you_mean(pattern, names)}")
-
-    def named(name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in only)
-
-    by_name = {job.name: job for job in jobs}
-    wanted: dict[str, None] = {}
-    ahead = [job.name for job in jobs if named(job.name)]
+        if not any(fnmatchcase(name, pattern) for name in by_name):
+            raise BadInputError(f"--only '{pattern}' names no job of this file{did_you_mean(pattern, by_name)}")
+    ahead = [name for name in by_name if any(fnmatchcase(name, pattern) for pattern in only)]
+    wanted: set[str] = set()
     while ahead:
         name = ahead.pop()
         if name not in wanted:
-            wanted[name] = None
+            wanted.add(name)
             ahead += by_name[name].needs
-    return [job for job in jobs if job.name in wanted], [source for source in sources if named(source.name)]
+    return [job for job in jobs if job.name in wanted], [name for name in searches if name in wanted]
 
 
 def _view(prometheus: Path | None, *, quiet: bool) -> View:

@@ -12,7 +12,14 @@ from effcli.reports.sections.generic import named
 
 STATUS = {"gate-failed": "failed a gate"}
 """What readers see of a stage, where that is not its own name."""
-BAD = ("failed", "gate-failed", "skipped")
+GOOD = ("passed", "kept")
+OTHERWISE = {
+    "failed a gate": ("gate-failed",),
+    "failed": ("failed",),
+    "skipped": ("skipped",),
+    "not reached": ("waiting", "running"),
+}
+"""What else may have become of jobs, in the order in which the verdict says so."""
 MOST_NAMES = 5
 _METRICS: dict[str, Metric] = {**METRICS, **PIPELINE_METRICS}
 HEADLINE = (
@@ -39,8 +46,8 @@ def document(report: Report) -> Document:
         heading="Batch",
         name=printable(report.get("jobs_file") or "a batch"),
         subtitle=f"{_count(len(jobs), 'job')} · {named(report.get('engine'))} · {named(report.get('output'))}",
-        verdict=_verdict(report, jobs),
-        tiles=_tiles(report, jobs),
+        verdict=_verdict(report),
+        tiles=_tiles(report),
         sections=tuple(sections),
         setup=("setup",),
     )
@@ -127,42 +134,60 @@ def _of(jobs: list[Report], *stages: str) -> list[Report]:
     return [job for job in jobs if job.get("stage") in stages]
 
 
-def _verdict(report: Report, jobs: list[Report]) -> tuple[str, ...]:
-    passed, kept = _of(jobs, "passed", "kept"), _of(jobs, "kept")
-    first = f"{len(passed):,} of {_count(len(jobs), 'job')} passed"
-    for stage, words in (
-        ("gate-failed", "failed a gate"),
-        ("failed", "failed"),
-        ("skipped", "skipped"),
-        ("waiting", "not reached"),
-    ):
-        those = _of(jobs, *(("waiting", "running") if stage == "waiting" else (stage,)))
-        if those:
-            first += f", {len(those):,} {words} ({_names(those)})"
-    sentences = [first + "."]
+def _asked(report: Report) -> list[Report]:
+    """Return the jobs that count: of a search only what failed, as a trial that misses a gate is an answer too."""
+    searches = [named(mapping(search).get("name")) for search in items(report, "searches")]
+    return [
+        job
+        for job in _jobs(report)
+        if job.get("stage") == "failed"
+        or not (job.get("part") in searches and named(job.get("name")).startswith(f"{job.get('part')}."))
+    ]
+
+
+def _verdict(report: Report) -> tuple[str, ...]:
+    jobs, sentences = _asked(report), []
+    kept = _of(jobs, "kept")
+    if jobs:
+        first = f"{len(_of(jobs, *GOOD)):,} of {_count(len(jobs), 'job')} passed"
+        for words, stages in OTHERWISE.items():
+            those = _of(jobs, *stages)
+            if those:
+                first += f", {len(those):,} {words} ({_names(those)})"
+        sentences.append(f"{first}.")
+    sentences += [_found(search) for search in items(report, "searches") if isinstance(search, dict)]
     if kept:
         sentences.append(f"Kept from an earlier run, as nothing that they depend on has changed: {len(kept):,}.")
-    found = [mapping(search).get("message") for search in items(report, "searches")]
-    sentences += [printable(message) for message in found if message]
     spent = number(report.get("seconds_spent"))
     workers = len(items(report, "workers"))
     if spent is not None:
-        work = sum(number(job.get("seconds")) or 0.0 for job in jobs if job.get("stage") != "kept")
+        work = sum(number(job.get("seconds")) or 0.0 for job in _jobs(report) if job.get("stage") != "kept")
         on = f" on {_count(workers, 'worker')}" if workers else ""
         sentences.append(f"Took {fmt.duration(spent)}{on} for {fmt.duration(work)} of work.")
-    return tuple(sentences)
+    return tuple(sentences) or ("The report holds no job.",)
 
 
-def _tiles(report: Report, jobs: list[Report]) -> tuple[Tile, ...]:
+def _found(search: Report) -> str:
+    """Return what a search found, as one sentence."""
+    counts = [f"{fmt.integer(number(search.get('trials')))} trials"]
+    for key, words in (("pruned", "given up early"), ("failed", "failed")):
+        if number(search.get(key)):
+            counts.append(f"{fmt.integer(number(search[key]))} {words}")
+    message = printable(search.get("message") or "no result").rstrip(".")
+    return f"Search {named(search.get('name'))}, {', '.join(counts)}: {message}."
+
+
+def _tiles(report: Report) -> tuple[Tile, ...]:
+    jobs = _asked(report)
     kept = len(_of(jobs, "kept"))
     workers = _count(len(items(report, "workers")), "worker")
     tiles = [
-        Tile("Passed", f"{len(_of(jobs, 'passed', 'kept')):,} of {len(jobs):,}", f"{kept:,} from an earlier run"),
+        Tile("Passed", f"{len(_of(jobs, *GOOD)):,} of {len(jobs):,}", f"{kept:,} from an earlier run"),
         Tile("Failed a gate", f"{len(_of(jobs, 'gate-failed')):,}", "exit code 3"),
         Tile("Failed", f"{len(_of(jobs, 'failed')):,}", "exit code 1"),
         Tile("Time", fmt.duration(number(report.get("seconds_spent"))), workers),
     ]
-    peaks = [peak for job in jobs if (peak := number(job.get("peak_memory_bytes"))) is not None]
+    peaks = [peak for job in _jobs(report) if (peak := number(job.get("peak_memory_bytes"))) is not None]
     if peaks:
         tiles.append(Tile("Peak memory", fmt.data_size(max(peaks)), "of one job's process"))
     return tuple(tiles)
@@ -193,8 +218,7 @@ def _search(search: Report, jobs: list[Report]) -> Section:
     blocks: list[Block] = [Facts("", facts)]
     if rows:
         blocks.append(Table("Pareto front", columns("<job", quality, target, "<"), rows, (note,)))
-    lead = (printable(search["message"]),) if search.get("message") else ()
-    return Section("search", f"Search {named(search.get('name'))}", lead, tuple(blocks))
+    return Section("search", f"Search {named(search.get('name'))}", (_found(search),), tuple(blocks))
 
 
 def _setup(report: Report) -> Section:

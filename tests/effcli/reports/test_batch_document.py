@@ -19,10 +19,19 @@ def test_the_verdict_says_how_many_and_which() -> None:
     sentences = document(states.report().to_dict()).verdict
     assert sentences[0] == ("2 of 5 jobs passed, 1 failed a gate (smol.w3), 1 failed (gone.w4), 1 skipped (gone.onnx).")
     assert sentences[1:] == (
+        "Search smallest, 12 trials, 5 given up early, 1 failed: smol.w4 has tpot 12.3 ms.",
         "Kept from an earlier run, as nothing that they depend on has changed: 1.",
-        states.SEARCH.message,
         "Took 3 min 07 s on 2 workers for 2 min 45 s of work.",
     )
+
+
+def test_a_trial_counts_only_where_it_failed() -> None:
+    data = states.report().to_dict()
+    for job in data["jobs"][2:]:
+        job |= {"name": f"smallest.{job['name']}", "part": "smallest"}
+    assert document(data).verdict[0] == "2 of 3 jobs passed, 1 failed (smallest.gone.w4)."
+    data["jobs"] = [job for job in data["jobs"] if job["part"] == "smallest" and job["stage"] != "failed"]
+    assert document(data).verdict[0].startswith("Search smallest, 12 trials")
 
 
 def test_many_names_are_cut_and_jobs_that_were_not_reached_are_named() -> None:
