@@ -54,7 +54,8 @@ def jobs(model: str) -> list[Job]:
         )
         for bits in (4, 8)
     ]  # fmt: skip
-    return [*optimizes, *after, *profiles, *calls]
+    half = CALLS // 2
+    return [optimizes[0], *calls[:half], *profiles, optimizes[1], *calls[half:], *after]
 
 
 def _rtn(scheme: str) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Kill a batch of twenty jobs again and again with signal 9, and compare what it makes with an undisturbed run.
+
+``python -m tests.benchmarks.kill_batch --kills 50 --rounds 2``: in every round a new output, kills at random moments (the
+driver half of the time, else a worker or what a worker has started), then the same command until it ends, then the
+comparison; the last line is the result as JSON. It takes about twenty minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.conftest import save_tiny
+from tests.effcli.batch.killable import jobs
+from tests.effcli.batch.killing import Killer, check, results
+
+
+def main() -> int:
+    """Run all rounds; return 0 if every output is as it should be."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds between two kills at most")
+    given = parser.parse_args()
+    names = {job.name for job in jobs("")}
+    with tempfile.TemporaryDirectory(prefix="kill-batch-") as folder:
+        here = Path(folder)
+        model = save_tiny("llama", here / "model")
+        undisturbed = Killer(here / "undisturbed", model, random.Random(), 0.0)
+        undisturbed.finish(tries=1)
+        expected = results(here / "undisturbed")
+        killed: Counter[str] = Counter()
+        rounds, runs, started = 0, 0, time.monotonic()
+        while killed.total() < given.kills:  # a round has fewer where the batch ends before
+            output = here / f"round-{rounds}"
+            killer = Killer(output, model, random.Random(given.seed + rounds), given.longest)
+            killer.kill(min(given.kills // given.rounds, given.kills - killed.total()))
+            killed.update(killer.killed)
+            _say(f"round {rounds}: {killer.killed}, {time.monotonic() - started:.0f} s")
+            killer.finish()
+            check(output, names)
+            found = results(output)
+            differs = sorted(name for name in {*expected, *found} if expected.get(name, 1) != found.get(name, 1))
+            if differs:
+                _say(f"round {rounds} differs: {', '.join(differs)}")
+                return 1
+            rounds += 1
+            runs += killer.runs
+        seconds = round(time.monotonic() - started)
+        _say(json.dumps({"kills": killed.total(), "killed": killed, "rounds": rounds, "runs": runs, "jobs": len(names), "files": len(expected),
+                         "equal": True, "seconds": seconds}))  # fmt: skip
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

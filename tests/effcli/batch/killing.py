@@ -1,0 +1,147 @@
+"""Kill a batch at random with signal 9, run it again until it ends, and look at what it left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from effcli.batch import journal
+from effcli.batch.model import STATE_FOLDER
+from effcli.checkpoint_files import sha256_of
+
+_ROOT = Path(__file__).parents[3]
+_DRIVER, _WORKER, _HELPER = "driver", "worker", "its measuring process"
+
+
+@dataclass
+class Killer:
+    """Runs :mod:`tests.effcli.batch.killable` and kills it.
+
+    Parameters
+    ----------
+    output, model : Path
+    random : random.Random
+    longest_seconds : float
+        Between two kills.
+    arguments : tuple of str
+        More of the batch's.
+    """
+
+    output: Path
+    model: Path
+    random: random.Random
+    longest_seconds: float
+    arguments: tuple[str, ...] = ()
+    killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys((_DRIVER, _WORKER, _HELPER), 0))
+    runs: int = 0
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start the batch as a process."""
+        self.runs += 1
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.effcli.batch.killable", str(self.output), str(self.model), *self.arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=_ROOT,
+            env=os.environ | {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+
+    @property
+    def kills(self) -> int:
+        """Say how often something was killed so far."""
+        return sum(self.killed.values())
+
+    def kill(self, times: int) -> None:
+        """Kill at random moments until that was so often, or until the batch has ended."""
+        until = self.kills + times
+        while self.kills < until:
+            with self._running() as batch:
+                while self.kills < until:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        batch.wait(self.random.uniform(0.0, self.longest_seconds))
+                    if batch.returncode == 0:
+                        return
+                    if batch.returncode is not None or self._kill_one(batch.pid) == _DRIVER:
+                        break  # and run it again; it ends by itself, with 1, where a job lost its worker too often
+
+    def finish(self, tries: int = 3) -> str:
+        """Run the batch, undisturbed, until all of it has passed; return what the last run said."""
+        for _ in range(tries):
+            batch = self.start()
+            said, errors = batch.communicate(timeout=900)
+            if batch.returncode == 0:
+                return said
+        raise AssertionError(f"the batch does not end: {said}{errors}")
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[subprocess.Popen[str]]:
+        batch = self.start()
+        try:
+            yield batch
+        finally:
+            started = descendants(batch.pid)
+            batch.kill()
+            batch.communicate()
+            _, alive = psutil.wait_procs(started, timeout=20)
+            assert not alive, f"outlive a driver that was killed: {[process.cmdline() for process in alive]}"
+
+    def _kill_one(self, driver: int) -> str | None:
+        """Kill the driver half of the time, else a worker, or what a worker has started."""
+        below = descendants(driver)
+        process = psutil.Process(driver)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            what = _DRIVER
+            if below and self.random.random() < 0.5:
+                process = self.random.choice(below)
+                what = _WORKER if process.ppid() == driver else _HELPER
+            process.kill()
+            self.killed[what] += 1
+            return what
+        return None
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return the processes that a process has started, and those that they have."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def check(output: Path, names: set[str]) -> None:
+    """Check that every job has exactly one finished output, that nothing half-done is left, and that all is noted."""
+    assert {item.name for item in output.iterdir()} == names | {STATE_FOLDER}
+    state = output / STATE_FOLDER
+    assert {item.name for item in state.iterdir()} == {"journal.jsonl", "lock", "logs"}
+    records = journal.read(state)
+    assert set(records) == names
+    for name, record in records.items():
+        assert record.passed is not None and record.passed.outcome is not None, name
+        assert record.passed.outcome.report is not None, name
+        assert sha256_of(output / record.passed.outcome.report) == record.passed.outcome.report_sha256, name
+
+
+def results(output: Path) -> dict[str, object]:
+    """Return what does not depend on when and how fast a job ran: results of calls, weights, measured sizes."""
+    found: dict[str, object] = {}
+    for path in sorted(output.glob("*/*")):
+        name = f"{path.parent.name}/{path.name}"
+        if path.suffix == ".safetensors" or path.name in ("result.json", "config.json", "tokenizer.json"):
+            found[name] = path.read_bytes()
+        elif path.name == "report.json":
+            report = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = (report["schema"], (report.get("profiles") or {}).get("kv"), report.get("size"))
+        else:
+            found[name] = None  # pages and notes hold times; that they are there is what counts
+    return found
