@@ -1,4 +1,4 @@
-"""Write the generated docs: the CLI reference from the app, the JSON Schemas from the dataclasses.
+"""Write the generated docs: the CLI reference from the app, the JSON Schemas from what reads and writes the files.
 
 ``python docs/generate.py --check`` writes nothing and fails if a file is out of date.
 """
@@ -27,7 +27,7 @@ def cli_reference() -> str:
 
 
 def schema(report: str) -> str:
-    """Return the JSON Schema of a saved report."""
+    """Return the JSON Schema of a saved report, or of the jobs file."""
     from effcli.reports.schema import schema_text
 
     return schema_text(report)
@@ -37,7 +37,7 @@ GENERATED = {
     DOCS / "cli.md": cli_reference,
     **{
         DOCS / "schema" / f"effcli.{report}-1.schema.json": partial(schema, report)
-        for report in ("profile", "optimize", "plan", "pipeline-profile", "pipeline-optimize")
+        for report in ("profile", "optimize", "plan", "pipeline-profile", "pipeline-optimize", "jobs")
     },
 }
 

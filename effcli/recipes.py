@@ -232,7 +232,8 @@ def from_options(steps: Sequence[str], **settings: Any) -> Recipe:
 
 
 def _explain(where: str, error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()  # what is missing is often what was misspelt
+    first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         owners: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}

@@ -28,6 +28,8 @@ _WANTED = {
     "model_type": "a mapping",
 }
 _MOST_SHOWN = 60
+_MAY_FOLLOW = ("missing", "too_short")
+_CONTINUES = ("is ", "has ", "needs ", "says ")
 
 Way = tuple[int | str, ...]
 
@@ -45,7 +47,8 @@ def first_error(document: Document, model: type[BaseModel], error: ValidationErr
         To the validated data.
     """
     found = [*_flat(error, ())]
-    item = min(found, key=lambda item: _order(document, (*way, *item["loc"])))
+    # What a list or mapping lacks may only follow from a mistake inside it.
+    item = min(found, key=lambda item: (item["type"] in _MAY_FOLLOW, *_order(document, (*way, *item["loc"]))))
     loc = item["loc"]
     whole = (*way, *loc)
     name = ".".join(str(part) for part in document.nearest(whole))
@@ -59,7 +62,9 @@ def first_error(document: Document, model: type[BaseModel], error: ValidationErr
     if item["type"] == "missing":
         owner = f"'{name}'" if name else "the file"
         return document.error(whole, f"{owner} has no '{loc[-1]}'; add it", at_key=True)
-    return document.error(whole, f"'{name}' {_problem(item)}" if name else f"the file {_problem(item)}")
+    problem = _problem(item)
+    colon = "" if problem.startswith(_CONTINUES) else ":"
+    return document.error(whole, f"'{name}'{colon} {problem}" if name else f"the file {problem}")
 
 
 def _flat(error: ValidationError, way: Way) -> list[ErrorDetails]:
@@ -90,9 +95,8 @@ def _problem(item: Mapping[str, Any]) -> str:
         near = did_you_mean(str(value), options)
         return f"is {given}, which is not known{near}; write one of: {', '.join(options)}"
     if kind in ("too_short", "string_too_short"):
-        return "is empty; write at least one, or leave the key out"
-    message = str(item["msg"])
-    return f"is {given}, and it {message[0].lower()}{message[1:].removeprefix('nput ')}; change it"
+        return "is empty; write one" if kind == "string_too_short" else "is empty; write at least one"
+    return f"is {given}; {str(item['msg']).replace('Input should', 'it has to')}"
 
 
 def _remedy(value: Any, wanted: str) -> str:
@@ -102,7 +106,7 @@ def _remedy(value: Any, wanted: str) -> str:
         return f'; write it in quotes: "{json.dumps(value)}"'
     if wanted == "a list" and not isinstance(value, dict):
         return f"; write [{value}]"
-    return "; change it"
+    return "; write {KEY: VALUE}" if wanted == "a mapping" else "; change it"
 
 
 def shown(value: Any) -> str:

@@ -84,9 +84,11 @@ def _layout(value: str) -> str:
     return value
 
 
-def _or(key: str) -> BeforeValidator:
+def _or(key: str, entry: type[BaseModel]) -> BeforeValidator:
     """Take a text for a mapping with this one key."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | entry
+    )
 
 
 def _one_or_more(value: Any) -> Any:
@@ -94,14 +96,8 @@ def _one_or_more(value: Any) -> Any:
 
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-Bytes = Annotated[
-    int,
-    BeforeValidator(_size),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": _LEAST_BYTES}, {"type": "string"}]}),
-]
-Duration = Annotated[
-    Seconds, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]})
-]
+Bytes = Annotated[int, BeforeValidator(_size, json_schema_input_type=int | str)]
+Duration = Annotated[Seconds, WithJsonSchema({"type": ["number", "string"]})]
 Gate = Annotated[str, BeforeValidator(lambda value: _gate(value) if isinstance(value, str) else value)]
 Device = Annotated[str, BeforeValidator(lambda value: _device(value) if isinstance(value, str) else value)]
 Dtype = Annotated[str, BeforeValidator(lambda value: _dtype(value) if isinstance(value, str) else value)]
@@ -109,9 +105,8 @@ Layout = Annotated[str, BeforeValidator(lambda value: _layout(value) if isinstan
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 OneOrMore = Annotated[
     tuple[Text, ...],
-    BeforeValidator(_one_or_more),
     Field(strict=False, min_length=1),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+    BeforeValidator(_one_or_more, json_schema_input_type=Text | tuple[Text, ...]),
 ]
 Gates = Annotated[tuple[Gate, ...], Field(strict=False)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
@@ -194,7 +189,7 @@ class RecipeEntry(Strict):
 
 
 class ExportEntry(Strict):
-    """A format to write; the options of ``effcli export``."""
+    """What to write, the options of ``effcli export``; a text alone is the format."""
 
     format: Literal["onnx"] = Field(description="What to write.")
     opset: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ONNX opset; default: chosen.")
@@ -256,6 +251,11 @@ class JobEntry(Strict):
         return self
 
 
+ModelOrSource = Annotated[ModelEntry, _or("source", ModelEntry)]
+RecipeOrFile = Annotated[RecipeEntry, _or("file", RecipeEntry)]
+ExportOrFormat = Annotated[ExportEntry, _or("format", ExportEntry)]
+
+
 class Entries(Strict):
     """The whole file."""
 
@@ -269,10 +269,16 @@ class Entries(Strict):
     )
     environment: Names = Field(default=(), description="Names of environment variables that jobs get.")
     limits: LimitsEntry = LimitsEntry()
-    models: dict[str, Annotated[ModelEntry, _or("source")]] = Field(description="Models by name.", min_length=1)
+    models: dict[str, Annotated[ModelEntry, _or("source", ModelEntry)]] = Field(
+        description="Models by name.", min_length=1
+    )
     profiles: dict[str, ProfileEntry] = Field(default={}, description="Profiles by name.")
-    recipes: dict[str, Annotated[RecipeEntry, _or("file")]] = Field(default={}, description="Recipes by name.")
-    exports: dict[str, ExportEntry] = Field(default={}, description="Exports by name.")
+    recipes: dict[str, Annotated[RecipeEntry, _or("file", RecipeEntry)]] = Field(
+        default={}, description="Recipes by name."
+    )
+    exports: dict[str, Annotated[ExportEntry, _or("format", ExportEntry)]] = Field(
+        default={}, description="Exports by name."
+    )
     matrix: MatrixEntry = MatrixEntry()
     exclude: Annotated[tuple[ExcludeEntry, ...], Field(strict=False)] = Field(
         default=(), description="What of the matrix not to run."

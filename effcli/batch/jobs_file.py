@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import PrivateAttr, TypeAdapter, ValidationError
 
 from effcli import recipes
 from effcli.batch.complaints import first_error
@@ -112,8 +112,8 @@ def read(path: Path, variables: Mapping[str, str]) -> JobsFile:
                 ("environment", number), f"environment variable '{name}' is not set{near}; set it, or leave it out"
             )
         file._variables[name] = os.environ[name]
-    for name, search in file.search.items():
-        file.check_name(search.model, file.models, "model", ("search", name, "model"))
+    for name in file.search:
+        _check_search(file, name)
     return file
 
 
@@ -143,6 +143,34 @@ def _check_profiles(file: JobsFile) -> None:
             file.check_name(profiler, (*names(), *PARTS), "profiler", ("profiles", name, "only", number))
         if entry.text is not None:
             existing_file(file, entry.text, ("profiles", name, "text"))
+
+
+def _check_search(file: JobsFile, name: str) -> None:
+    """Refuse a model, pass or parameter that is not known; what values do together shows when they are tried."""
+    from passes import registry
+
+    way, search = ("search", name), file.search[name]
+    file.check_name(search.model, file.models, "model", (*way, "model"))
+    for number, step in enumerate(search.passes):
+        here = (*way, "passes", number)
+        try:
+            known = registry.load(step.name).parameters_type.model_fields
+        except PassError as error:
+            raise file.error(here, str(error)) from None
+        for key, value in step.parameters.items():
+            there = (*here, "parameters", key)
+            file.check_name(key, known, f"parameter of {step.name}", there)
+            if isinstance(value, Mapping) and not _takes(known[key].annotation, value):
+                near = did_you_mean(next(iter(value), ""), ("choose", "from"))
+                raise file.error(there, f"is no choice{near}; write {{choose: [A, B]}} or {{from: A, to: B}}")
+
+
+def _takes(kind: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def existing_file(file: JobsFile, given: str | Path, way: Sequence[Any]) -> Path:
@@ -192,14 +220,17 @@ def _recipe_file(file: JobsFile, given: str, way: tuple[str, ...]) -> Recipe:
     path = Path(given).expanduser()
     path = path if path.is_absolute() else file.path.absolute().parent / path
     if not path.is_file() and path.parent.is_dir():
-        near = did_you_mean(path.name, (item.name for item in path.parent.iterdir()))
+        near = did_you_mean(path.name, {item.name for item in path.parent.iterdir()} - {file.path.name})
         raise file.error(way, f"no recipe file '{given}'{near}; looked for '{path}', beside the jobs file")
     try:
         recipe = recipes.read(path)
-        for text in recipe.gates:
-            gates.parse(text, GATED)
     except EffcliError as error:
-        raise file.error(way, f"recipe '{given}': {error}") from None
+        raise file.error(way, str(error)) from None
+    for text in recipe.gates:
+        try:
+            gates.parse(text, GATED)
+        except EffcliError as error:
+            raise file.error(way, f"in '{given}': {error}") from None
     return recipe
 
 
@@ -210,25 +241,29 @@ def _checked_passes(file: JobsFile, recipe: Recipe, way: tuple[str, ...]) -> tup
     """
     from passes import registry
 
+    given = file.recipes[way[1]].file
+    inside = f"in '{given}': " if given else ""
     steps = []
     for number, step in enumerate(recipe.passes):
         here: tuple[Any, ...] = (*way, "passes", number)
         try:
             kind = registry.load(step.name)
         except PassError as error:
-            raise file.error(here, str(error)) from None
+            raise file.error(here, f"{inside}{error}") from None
         try:
             made = kind.from_mapping(step.parameters)
             made.check_complete()
         except PassError as error:
-            raise file.error((*here, "parameters", *_wrong_parameter(kind, step.parameters)), str(error)) from None
+            raise file.error(
+                (*here, "parameters", *_wrong_parameter(kind, step.parameters)), f"{inside}{error}"
+            ) from None
         paths = {key: existing_file(file, path, (*here, "parameters", key)) for key, path in path_parameters(made)}
         given = step.parameters | {key: str(path) for key, path in paths.items()}
         steps.append(step.model_copy(update={"parameters": given}))
     try:
         recipe.chain()
     except PassError as error:
-        raise file.error((*way, "passes"), str(error)) from None
+        raise file.error((*way, "passes"), f"{inside}{error}") from None
     return tuple(steps)
 
 

@@ -59,9 +59,25 @@ def jobs(file: JobsFile) -> tuple[Job, ...]:
     if not cells and not file.search:
         raise file.error(("matrix",), _why_empty(file), at_key=True)
     _check_unique(file, cells)
+    _check_searches(file, cells)
     gone = {_name(file, cell): rule for cell, rule in excluded}
     by_name = {cell.name: cell for cell in cells}
     return _ordered(file, cells, [_job(file, cell, by_name, gone) for cell in cells])
+
+
+def search_job(file: JobsFile, name: str) -> Job:
+    """Return the job that a search starts from: its model, device and limits, without passes.
+
+    Raises
+    ------
+    BadInputError
+        If its model is the output of a job that the file does not have.
+    """
+    spec, way = file.search[name], ("search", name)
+    model = file.models[spec.model]
+    if model.output_of is not None:
+        file.check_name(model.output_of, [job.name for job in jobs(file)], "job", ("models", spec.model, "output_of"))
+    return _bare_job(file, _Cell(spec.model, "recipe", name, spec.device, way, name=name))
 
 
 def _product(file: JobsFile) -> Iterator[_Cell]:
@@ -217,6 +233,19 @@ def _layout_remedy(first: _Cell, second: _Cell) -> str:
     )
 
 
+def _check_searches(file: JobsFile, cells: Sequence[_Cell]) -> None:
+    """Refuse a search whose trials, NAME.001 and so on, could not be told from a job."""
+    for search in file.search:
+        way = ("search", search)
+        if not _GOOD_NAME.fullmatch(search):
+            raise file.error(way, f"'{search}' is no name; use letters, digits, '.', '_' and '-'", at_key=True)
+        taken = next((cell for cell in cells if re.fullmatch(rf"{re.escape(search)}(\.\d+)?", cell.name, re.I)), None)
+        if taken is not None:
+            raise file.error(
+                way, f"job '{taken.name}' is called as a trial of search '{search}' is; rename one", at_key=True
+            )
+
+
 def _job(file: JobsFile, cell: _Cell, cells: Mapping[str, _Cell], gone: Mapping[str, int]) -> Job:
     model = file.models[cell.model]
     needs: list[str] = []
@@ -230,22 +259,26 @@ def _job(file: JobsFile, cell: _Cell, cells: Mapping[str, _Cell], gone: Mapping[
     for number, name in enumerate(entry.after if entry else ()):
         _needed(file, name, cells, gone, (*cell.way, "after", number))
         needs.append(name)
-    device = cell.device
-    gpus = float(device.startswith("cuda")) if entry is None or entry.gpus is None else entry.gpus
+    return replace(_bare_job(file, cell), settings=_settings(file, cell), needs=unique(needs))
+
+
+def _bare_job(file: JobsFile, cell: _Cell) -> Job:
+    """Return a job without what it is to do."""
+    model, entry = file.models[cell.model], cell.entry
+    gpus = float(cell.device.startswith("cuda")) if entry is None or entry.gpus is None else entry.gpus
     return Job(
         name=cell.name,
         kind=_KINDS[cell.section],
         model="" if model.source is None else _opened(model.source),
         model_name=cell.model,
         part=cell.part,
-        settings=_settings(file, cell),
-        device=device,
+        device=cell.device,
         dtype=model.dtype,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         allow_pickle=model.allow_pickle,
         model_from=model.output_of,
-        needs=unique(needs),
+        needs=() if model.output_of is None else (model.output_of,),
         environment=dict(file.variables),
         limits=_limits(*(item.limits for item in (entry, model, file) if item is not None)),
         gpus=gpus,

@@ -1,4 +1,4 @@
-"""The JSON Schemas of saved reports, generated from the dataclasses that they are made of.
+"""The JSON Schemas of saved reports, generated from the dataclasses that they are made of, and of the jobs file.
 
 Regenerate with ``python docs/generate.py``; print one with ``python -m effcli.reports.schema NAME``.
 """
@@ -219,12 +219,20 @@ def pipeline_optimize_schema() -> dict[str, Any]:
     return definitions.finished("PipelineOptimizeReport", PIPELINE_OPTIMIZE_CONTRACT)
 
 
+def jobs_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.jobs/1``, which users write: it refuses what it does not know."""
+    from effcli.batch.jobs_schema import jobs_schema as made
+
+    return made()
+
+
 SCHEMA_MAKERS = {
     "profile": profile_schema,
     "optimize": optimize_schema,
     "plan": plan_schema,
     "pipeline-profile": pipeline_profile_schema,
     "pipeline-optimize": pipeline_optimize_schema,
+    "jobs": jobs_schema,
 }
 
 
