@@ -36,6 +36,7 @@ from effcli.errors import (
     EXIT_NO_ROOM,
     BadInputError,
     GateFailedError,
+    GivenUpError,
     did_you_mean,
     explain,
 )
@@ -138,6 +139,10 @@ def _outcome(status: Status, job: Job, output: Path, target: Path) -> Outcome:
 
 
 def _gate_failed(error: GateFailedError, job: Job, output: Path, target: Path) -> Outcome:
+    if isinstance(error, GivenUpError):  # there is no report of it, and one of an earlier run says something else
+        for name in _failed_names(target):
+            target.with_name(name).unlink(missing_ok=True)
+        return Outcome("gate-failed", _say(error)[0], exit_code=EXIT_GATE_FAILED, figures=error.figures)
     report = target.with_name(_failed_names(target)[0])
     outcome = Outcome("gate-failed", _say(error)[0], exit_code=EXIT_GATE_FAILED)
     try:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli import gates
-from effcli.batch.model import STATE_FOLDER, Job, Outcome, SearchResult
+from effcli.batch.locking import state_folder
+from effcli.batch.model import Job, Outcome, SearchResult
 from effcli.batch.search_space import HIGHER_IS_BETTER, QUALITY, Choice, SearchSpec
 from effcli.batch.trial_files import TrialFiles
 from effcli.errors import BadInputError, EffcliError, did_you_mean
@@ -32,7 +33,10 @@ from effcli.recipes import VERSION, from_mapping
 from passes.base import PassError
 
 if TYPE_CHECKING:
+    from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
+
+    from effcli.batch.jobs_file import JobsFile
 
 STORAGE_FILE = "search.sqlite"
 _TRIES = 64
@@ -43,6 +47,35 @@ _SAME_FAILURES = 3
 """A search whose first jobs all fail alike is not going to find anything."""
 _UNKNOWN_EXCESS = 1.0
 """How far a trial is said to be beyond a gate where only that it is beyond is known."""
+
+
+def searches(file: JobsFile, output: str, *, parallel: int | None = None) -> list[Search]:
+    """Return the searches of a jobs file.
+
+    Parameters
+    ----------
+    file : JobsFile
+    output : str
+        An absolute folder or a URL.
+    parallel : int, optional
+        As for :class:`Search`; default: the file's ``workers``, else 1.
+
+    Raises
+    ------
+    BadInputError
+    """
+    from effcli.batch.fingerprint import Fingerprints
+    from effcli.batch.matrix import search_job
+
+    found, fingerprints = [], Fingerprints()
+    for name, spec in file.search.items():
+        base = search_job(file, name)
+        try:
+            of_model = fingerprints.of(replace(base, settings={}))
+        except (PassError, EffcliError):  # its jobs will say what is wrong with the model; others go on
+            of_model = None
+        found.append(Search(name, spec, base, output, parallel=parallel or file.workers or 1, fingerprint=of_model))
+    return found
 
 
 @dataclass(frozen=True)
@@ -67,7 +100,7 @@ class Search:
     output : str
         Of the batch, an absolute folder or a URL.
     state : Path, optional
-        Folder of the default storage; default: the state folder of ``output``.
+        Folder of the default storage; default: :func:`effcli.batch.locking.state_folder`.
     parallel : int
         How many of its jobs run at a time. Further ones know as much less about the results.
     fingerprint : mapping, optional
@@ -97,17 +130,19 @@ class Search:
         self._parallel = max(1, parallel)
         self._fingerprint = fingerprint
         self._files = TrialFiles(output)
+        self._folder = state or state_folder(output)
         self._check_names()
-        self._study = self._open(state or Path(output) / STATE_FOLDER)
-        self._started = time.monotonic()
+        _optuna(name)
+        self._started: float | None = None
         self._ended: str | None = None
-        self._again = self._left_by_earlier_run()
 
     def ask(self, running: int) -> Sequence[Job]:
-        """Return jobs to run now."""
-        if self._again:
-            again, self._again = self._again, []
-            return again
+        """Return jobs to run now; first those that an earlier run has left."""
+        if self._started is None:
+            self._started = time.monotonic()
+            again = self._left_by_earlier_run()
+            if again:
+                return again
         asked: list[Job] = []
         while running + len(asked) < self._parallel and not self.finished():
             job = self._next()
@@ -143,7 +178,7 @@ class Search:
 
     def finished(self) -> bool:
         """Say whether no job will come any more."""
-        if self._again:
+        if self._started is None:
             return False
         jobs = self._jobs()
         if self._ended is None:
@@ -409,17 +444,20 @@ class Search:
 
     # --- the study
 
-    def _open(self, folder: Path) -> Any:
+    @cached_property
+    def _study(self) -> Study:
+        """The study, opened when it is first needed: a dry run writes nothing."""
         optuna = _optuna(self.name)
         storage = self.spec.storage
         direction = "minimize" if self.spec.minimize is not None else "maximize"
         try:
             if storage is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                storage = f"sqlite:///{folder / STORAGE_FILE}"
-            return optuna.create_study(
+                self._folder.mkdir(parents=True, exist_ok=True)
+                storage = f"sqlite:///{self._folder / STORAGE_FILE}"
+            study: Study = optuna.create_study(
                 study_name=self._study_name(), storage=storage, direction=direction, load_if_exists=True
             )
+            return study
         except Exception as error:  # noqa: BLE001 - each storage has errors of its own
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BadInputError(

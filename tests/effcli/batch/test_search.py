@@ -39,7 +39,7 @@ def figures(scheme: str, group: int, samples: int) -> dict[str, float | None]:
 
 
 class Engine:
-    """Runs jobs at once; what each measures is a formula, and ``rungs`` says what a first look would end."""
+    """Runs jobs at once; what each measures is a formula, and ``rung`` says what a first look would end."""
 
     def __init__(self, output: Path, rung: Callable[[Mapping[str, Any]], bool] = lambda _: False) -> None:
         self.output, self.rung = output, rung
@@ -53,7 +53,7 @@ class Engine:
         found = figures(given["scheme"], given["group_size"], given["samples"])
         gate = next(iter(job.settings["recipe"]["gates"]), None)
         if gate is not None and self.rung(found):
-            return Outcome("skipped", "given up", 3, figures={"kl": found["kl"]})
+            return Outcome("gate-failed", "given up", 3, figures={"kl": found["kl"]})
         limit = float(gate.partition("<=")[2]) if gate else 1.0
         assert found["kl"] is not None
         passed = found["kl"] <= limit
@@ -253,7 +253,7 @@ def test_another_model_is_another_study(tmp_path: Path) -> None:
 )
 def test_what_cannot_work_is_refused_before_anything_runs(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInputError) as refused:
-        Search("s", spec(**change), BASE, str(tmp_path))
+        Search("s", spec(**change), BASE, str(tmp_path)).ask(0)
     assert said in str(refused.value)
 
 
