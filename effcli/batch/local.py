@@ -36,6 +36,7 @@ from effcli.formatting import data_size
 from effcli.reports.model import plain
 from effcli.worker import import_path
 
+WORKER = (sys.executable, "-P", "-m", "effcli.batch.worker")
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 _LOG_LINES = 3
@@ -235,7 +236,7 @@ class LocalEngine:
             environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", VISIBLE: slot.gpu.visible}
         slot.log = tempfile.TemporaryFile()  # noqa: SIM115 - see _Slot.close
         slot.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "effcli.batch.worker"],
+            WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=slot.log,

@@ -70,7 +70,7 @@ def gpus() -> tuple[Gpu, ...]:
         if not torch.cuda.is_available():
             return ()
         asked = os.environ.get(VISIBLE)
-        names = asked.split(",") if asked else [str(index) for index in range(nvml.nvmlDeviceGetCount())]
+        names = asked.split(",") if asked is not None else [str(index) for index in range(nvml.nvmlDeviceGetCount())]
         return tuple(_gpu(nvml, index, name.strip()) for index, name in enumerate(names) if name.strip())
 
 

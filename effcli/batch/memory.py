@@ -28,8 +28,8 @@ from effcli.formatting import data_size
 SAMPLE_SECONDS = 0.5
 PROCESS_BYTES = 700 * 10**6
 """A process that has imported torch and transformers and runs a small model."""
-PEAKS_BYTES = 600 * 10**6
-"""Buffers that the device's ceilings are measured with, in the memory of the device."""
+PEAKS_BYTES = {False: 1100 * 10**6, True: 4300 * 10**6}
+"""Buffers that the device's ceilings are measured with, in the memory of a CPU or a GPU (True)."""
 OPTIMIZE_WEIGHTS = 2.0
 """Times the weights that an optimize holds at its peak: the model, and the shard or the layer that it works on."""
 DEFAULT_CONTEXT = 4096
@@ -78,7 +78,7 @@ def estimate(job: Job, output: Path | None, *, on_gpu: bool) -> Estimate | None:
         how = "limits.memory"
         return Estimate(PROCESS_BYTES, said, how) if on_gpu else Estimate(said, 0, how)
     if job.kind == "call":
-        return Estimate(PROCESS_BYTES, PEAKS_BYTES if on_gpu else 0, "a process; what its function takes is not known")
+        return Estimate(PROCESS_BYTES, 0, "a process; what its function takes is not known")
     model = _Model.of(job, output)
     if model is None:
         return None
@@ -86,11 +86,11 @@ def estimate(job: Job, output: Path | None, *, on_gpu: bool) -> Estimate | None:
     working = model.working_bytes(job)
     how = f"weights {data_size(weights)} from {model.described} + cache and activations {data_size(working)}"
     processes = PROCESS_BYTES * (2 if job.kind == "optimize" else 1)
+    buffers = PEAKS_BYTES[on_gpu]
     if on_gpu:
-        return Estimate(processes, weights + working + PEAKS_BYTES, f"{how} + {data_size(PEAKS_BYTES)}")
-    return Estimate(
-        processes + PEAKS_BYTES + weights + working, 0, f"{how} + {data_size(processes + PEAKS_BYTES)} of the process"
-    )
+        return Estimate(processes, weights + working + buffers, f"{how} + {data_size(buffers)} to measure the GPU")
+    rest = processes + buffers
+    return Estimate(rest + weights + working, 0, f"{how} + {data_size(rest)} of the process")
 
 
 @dataclass(frozen=True)

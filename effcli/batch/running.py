@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from effcli.batch.commands import command_of
 from effcli.batch.memory import MemoryWatch
-from effcli.batch.model import Job, Outcome, Status
+from effcli.batch.model import Job, Outcome
 from effcli.batch.model_cache import ModelCache
 from effcli.batch.storage import is_url, run_on_url
 from effcli.checkpoint_files import sha256_of
@@ -68,7 +68,7 @@ def run_job(
     ----------
     job : Job
     output : str
-        The batch's folder, absolute, or its URL; the job writes ``NAME`` in it.
+        The batch's folder, absolute, or a URL; the job writes ``NAME`` in it.
     progress : Progress
     models : ModelCache, optional
         What jobs of this process share.
@@ -83,28 +83,32 @@ def run_job(
         Also of a job that fails: nothing is raised but what interrupts (Ctrl-C). What went wrong, and the traceback
         of a bug, are on stderr.
     """
-    if is_url(output):
-        try:
-            return run_on_url(
-                output, job.name, job.model_from, lambda folder: run_job(job, folder, progress, models, attempt, memory)
-            )
-        except Exception as error:  # noqa: BLE001 - as below; from another machine the URL may be reached
-            return dataclasses.replace(_failed(error), retry=True)
-    kept, target = models or ModelCache(), Path(output) / job.name
-    started = time.perf_counter()
+    kept, started = models or ModelCache(), time.perf_counter()
+
+    def attempt_in(folder: str) -> Outcome:
+        return _attempt(job, Path(folder), progress, kept)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(job.environment))
         watch = memory or stack.enter_context(MemoryWatch())
         watch.restart(children=job.kind != "profile")
         try:
-            _KINDS[job.kind](job, target, progress, kept)
-            outcome = _outcome("passed", job, Path(output), target)
-        except GateFailedError as error:
-            outcome = _gate_failed(error, job, Path(output), target)
-        except Exception as error:  # noqa: BLE001 - any error becomes what effcli says of it
-            kept.clear()  # a measurement that broke off may have left its model changed
-            outcome = _failed(error)
+            outcome = run_on_url(output, job.name, job.model_from, attempt_in) if is_url(output) else attempt_in(output)
+        except Exception as error:  # noqa: BLE001 - the URL's own; from another machine it may be reached
+            outcome = dataclasses.replace(_failed(error), retry=True)
         return dataclasses.replace(outcome, seconds=time.perf_counter() - started, peak_memory_bytes=watch.peak_bytes())
+
+
+def _attempt(job: Job, output: Path, progress: Progress, models: ModelCache) -> Outcome:
+    target = output / job.name
+    try:
+        _KINDS[job.kind](job, target, progress, models)
+        return _passed(job, target)
+    except GateFailedError as error:
+        return _gate_failed(error, target)
+    except Exception as error:  # noqa: BLE001 - any error becomes what effcli says of it
+        models.clear()  # a measurement that broke off may have left its model changed
+        return _failed(error)
 
 
 def published(job: Job, output: str, since: float) -> Outcome | None:
@@ -122,23 +126,23 @@ def published(job: Job, output: str, since: float) -> Outcome | None:
     try:
         if found.stat().st_mtime < since:
             return None
-        return _outcome("passed", job, Path(output), target)
+        return _passed(job, target)
     except (OSError, BadInputError):
         return None
 
 
-def _outcome(status: Status, job: Job, output: Path, target: Path) -> Outcome:
+def _passed(job: Job, target: Path) -> Outcome:
     """Return the outcome that a published folder stands for."""
     for name in _failed_names(target):  # of an earlier run, whose gates did not hold
         target.with_name(name).unlink(missing_ok=True)
     report = target / _report_name(job)
     if job.kind == "call":
-        return _with_report(Outcome(status, f"returned {report.stat().st_size} bytes"), report, output)
+        return _with_report(Outcome("passed", f"returned {report.stat().st_size} bytes"), report, target)
     data = read_report(report)
-    return _with_report(Outcome(status, _verdict(data), figures=_figures(data)), report, output)
+    return _with_report(Outcome("passed", _verdict(data), figures=_figures(data)), report, target)
 
 
-def _gate_failed(error: GateFailedError, job: Job, output: Path, target: Path) -> Outcome:
+def _gate_failed(error: GateFailedError, target: Path) -> Outcome:
     if isinstance(error, GivenUpError):  # there is no report of it, and one of an earlier run says something else
         for name in _failed_names(target):
             target.with_name(name).unlink(missing_ok=True)
@@ -146,13 +150,14 @@ def _gate_failed(error: GateFailedError, job: Job, output: Path, target: Path) -
     report = target.with_name(_failed_names(target)[0])
     outcome = Outcome("gate-failed", _say(error)[0], exit_code=EXIT_GATE_FAILED)
     try:
-        return _with_report(dataclasses.replace(outcome, figures=_figures(read_report(report))), report, output)
+        return _with_report(dataclasses.replace(outcome, figures=_figures(read_report(report))), report, target)
     except (OSError, BadInputError):  # it is the gate that counts
         return outcome
 
 
-def _with_report(outcome: Outcome, report: Path, output: Path) -> Outcome:
-    return dataclasses.replace(outcome, report=report.relative_to(output).as_posix(), report_sha256=sha256_of(report))
+def _with_report(outcome: Outcome, report: Path, target: Path) -> Outcome:
+    name = report.relative_to(target.parent).as_posix()
+    return dataclasses.replace(outcome, report=name, report_sha256=sha256_of(report))
 
 
 def _failed(error: Exception) -> Outcome:

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from effcli.batch.memory import MemoryWatch, gpu_memory_bytes
 from effcli.batch.model import Job, Outcome
 from effcli.batch.running import ModelCache, run_job
 from effcli.batch.storage import log_file
-from effcli.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EffcliError
+from effcli.errors import EXIT_BAD_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EffcliError, explain
 from effcli.reports.model import plain
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ class _Worker:
                 self._channel.send("finished", outcome=plain(outcome), model_loads=self._models.loads)
 
     def _do(self, request: dict[str, Any]) -> Outcome:
-        job = Job.from_mapping(request["job"])
+        job, log, outcome = Job.from_mapping(request["job"]), request["log"], None
         self._stages = Stages()
         try:
-            with log_file(request["log"]) as log, _printed_to(log):
+            with log_file(log) as file, _printed_to(file):
                 started = datetime.now(UTC).isoformat(timespec="seconds")
                 sys.stderr.write(f"--- {job.name}, attempt {request['attempt']}, {started}, process {os.getpid()}\n")
                 sys.stderr.write(request["note"])
@@ -140,16 +140,11 @@ class _Worker:
                 )
                 if outcome.status == "passed":
                     sys.stderr.write(f"passed after {outcome.seconds:.1f} s: {outcome.message}\n")
-                return outcome
-        except OSError as error:
-            message = (
-                f"cannot write the log '{request['log']}' ({error.strerror}); make room, or choose another --output"
-            )
-            return Outcome("failed", message, exit_code=EXIT_BAD_INPUT)
-        except EffcliError as error:  # a log on a URL
-            return Outcome("failed", str(error), exit_code=error.exit_code, retry=True)
+        except (OSError, EffcliError) as error:
+            return _without_log(outcome, log, error)
         finally:
             self._stages = None
+        return outcome
 
     def _tell(self) -> None:
         """Say how far the job is; called twice a second."""
@@ -162,10 +157,19 @@ class _Worker:
         )
 
 
+def _without_log(outcome: Outcome | None, log: str, error: OSError | EffcliError) -> Outcome:
+    """Return how a job ended whose log cannot be written: as it did, or not begun."""
+    why = f"the log '{log}' cannot be written: {error}"
+    if outcome is not None:
+        return replace(outcome, message=f"{outcome.message} ({why})")
+    code = explain(error)[1]
+    return Outcome("failed", f"{why}; choose another --output", EXIT_BAD_INPUT if code == EXIT_BUG else code)
+
+
 @contextlib.contextmanager
-def _printed_to(log: str) -> Iterator[None]:
+def _printed_to(file: str) -> Iterator[None]:
     """Send what this process and its children print to a file, below Python: file descriptors 1 and 2."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     earlier = os.dup(1), os.dup(2)
     try:
         _flush()
