@@ -48,6 +48,11 @@ def choose_provider(device: torch.device) -> tuple[str, str]:
     return CPU, "this onnxruntime has no CUDA provider: pip install onnxruntime-gpu"
 
 
+def provider_of(graph: InferenceSession) -> str:
+    """Return the provider that a graph really runs on: where CUDA's libraries are missing, it is the CPU's."""
+    return str(graph.get_providers()[0])
+
+
 def open_graph(path: Path, provider: str) -> InferenceSession:
     """Open a written graph with as many threads as torch uses.
 

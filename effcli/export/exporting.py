@@ -28,7 +28,7 @@ from effcli.checkpoint_files import CONFIG, sha256_of
 from effcli.disk import free_bytes
 from effcli.errors import BadInputError, GateFailedError, NoRoomError, did_you_mean
 from effcli.export import checking, graphs, tasks
-from effcli.export.report import ExportReport, GraphInfo, QuantizedLayers
+from effcli.export.report import Agreement, ExportReport, GraphInfo, QuantizedLayers, Speed
 from effcli.export.weights import WeightFile, save
 from effcli.formatting import data_size
 from effcli.reports.model import EXPORT_SCHEMA, REPORT_FILE
@@ -52,6 +52,8 @@ TOLERANCES = {"float32": 1e-3, "float16": 0.25, "bfloat16": 1.0}
 """Largest difference of a logit that is let pass, by dtype; rounding to the dtype alone moves logits of 20 by this."""
 CHECK_TOKENS = 1024
 CHECK_CONTEXT = 256
+NOT_EXPORTED = {"config": "only a config", "diffusers": "a diffusers pipeline", "onnx": "an ONNX export already"}
+"""Kinds of sources that have nothing to export, and what to call them."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript", "optimum")
 
 
@@ -144,8 +146,8 @@ def export(
     _check_installed()
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = sources.resolve(model, revision=revision, progress=shown, **trust)
-    if source.kind in ("config", "diffusers") or source.path is None:
-        what = "only a config" if source.kind == "config" else "a diffusers pipeline"
+    what = NOT_EXPORTED.get(source.kind)
+    if what is not None or source.path is None:
         raise BadInputError(f"'{model}' is {what}; 'effcli export' takes a language or encoder model with its weights")
     check_target(target, source.path, force=force)
     job = _Job(model, source, output, target, device, dtype, task, opset, tolerance, force, trust, seed, shown, command)
@@ -221,18 +223,27 @@ class _Job:
             overall.advance()
             out = staging.begin(staging.out.name)
             notes = list(loaded.notes)
+            if quantized is not None and quantized.plain:
+                notes.append(
+                    f"{len(quantized.plain)} quantized tensors that are no linear layers are written dequantized, "
+                    f"first '{quantized.plain[0]}'"
+                )
             made, layers, size = self._graphs(loaded, task, opset, quantized, out, notes)
             overall.advance()
             self._companions(loaded, out)
             provider, provider_reason = checking.choose_provider(loaded.device)
-            text, agreement, speed = self._check(loaded, task, out, provider, notes)
+            text, agreement, speed, used = self._check(loaded, task, out, provider, notes)
+            if used != provider:
+                provider, provider_reason = used, f"onnxruntime could not start its {provider}"
             overall.advance()
-        largest = max(item.max_absolute_error for item in agreement)
+        worst = max(agreement, key=lambda item: item.max_absolute_error)
+        largest = worst.max_absolute_error
         tolerance = self.tolerance or TOLERANCES[dtype]
         if not largest <= tolerance:
             raise GateFailedError(
-                f"the ONNX graphs of '{self.spec}' differ from torch by {largest:.2g} on real text, at most "
-                f"{tolerance:g} is let pass; nothing was published: give another --dtype, or a higher --tolerance"
+                f"the ONNX graphs of '{self.spec}' differ from torch by {largest:.2g} in {worst.output} of real text "
+                f"({worst.phase}), at most {tolerance:g} is let pass; nothing was published: give another --dtype, "
+                "or a higher --tolerance"
             )
         weight_bytes = _weight_bytes(loaded.model) if quantized is None else size
         file_bytes = sum(item.file_bytes for item in made) + (out / WEIGHTS).stat().st_size
@@ -416,8 +427,8 @@ class _Job:
 
     def _check(
         self, loaded: LoadedModel, task: str, out: Path, provider: str, notes: list[str]
-    ) -> tuple[str, tuple[Any, ...], Any]:
-        """Run what was written; return the text's name, how far it is from torch, and times."""
+    ) -> tuple[str, tuple[Agreement, ...], Speed, str]:
+        """Run what was written; return the text's name, how far it is from torch, times, and what ran it."""
         from effcli.evaluation import evaluation_windows
         from effcli.quiet import quiet_transformers
         from effcli.recipes import Calibration, Evaluation
@@ -437,11 +448,13 @@ class _Job:
                 agreement = checking.check_text(loaded.model, sessions, windows)
                 room = max(1, min(checking.TIMED_CONTEXT, limit - 32))
                 speed = checking.time_text(loaded.model, sessions, windows[:1, :room])
+                used = checking.provider_of(sessions.decode_graph)
             else:
                 graph = checking.open_graph(out / "model.onnx", provider)
                 agreement = checking.check_encoder(loaded.model, graph, windows)
                 speed = checking.time_encoder(loaded.model, graph, windows[:1])
-        return text.name, agreement, speed
+                used = checking.provider_of(graph)
+        return text.name, agreement, speed, used
 
     def _finish(self, out: Path, report: ExportReport) -> None:
         """Write the report and the record with the sha256 of every file."""

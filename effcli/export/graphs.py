@@ -13,6 +13,7 @@ masks are finite numbers, so that a row of padding cannot become NaN.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import warnings
@@ -419,7 +420,7 @@ def _module_of(graph: torch.nn.Module, inputs: Any, config: Any, text: str) -> s
 def _quiet() -> Iterator[None]:
     """Silence the libraries: what the user should know of an export is in its report."""
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    with quiet_transformers(), warnings.catch_warnings(), open("/dev/null", "w") as sink:
+    with quiet_transformers(), warnings.catch_warnings(), io.StringIO() as sink:
         warnings.simplefilter("ignore")
         for name in levels:
             logging.getLogger(name).setLevel(logging.CRITICAL)

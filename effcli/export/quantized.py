@@ -46,10 +46,13 @@ class QuantizedWeights:
         By the layer's name.
     name : str
         ``int4``, ``int8``, or both as ``int4+int8``.
+    plain : tuple of str
+        Names of others that are quantized in the checkpoint, and written dequantized.
     """
 
     layers: Mapping[str, Integers]
     name: str
+    plain: tuple[str, ...] = ()
 
 
 def read_quantized(folder: Path) -> QuantizedWeights | None:
@@ -78,16 +81,18 @@ def read_quantized(folder: Path) -> QuantizedWeights | None:
         _check_group(folder, group, str(group.get("format") or raw.get("format")))
     claims = Claims.from_config({"quantization_config": raw})
     layers = {}
+    plain: list[str] = []
     for name, state in _states(folder):
         claim = claims.of(name, Expected(shape=(), linear=True))
         if claim is None:
+            plain.append(name)
             continue
         scheme: Any = SimpleNamespace(weights=SimpleNamespace(num_bits=claim.bits, symmetric=claim.symmetric))
         layers[name] = read_integers(state, scheme)
     if not layers:
         return None
     stored = sorted({"int4" if weight.bits <= 4 else "int8" for weight in layers.values()})
-    return QuantizedWeights(layers, "+".join(stored))
+    return QuantizedWeights(layers, "+".join(stored), tuple(plain))
 
 
 def _check_group(folder: Path, group: Mapping[str, Any], format_: str) -> None:
