@@ -1,7 +1,7 @@
-"""A batch as a process of its own, to be killed: ``python -m tests.effcli.batch.killable OUTPUT MODEL``.
+"""A batch as a process of its own, to be killed: ``python -m tests.effcli.batch.killable OUTPUT [MODEL]``.
 
-Twenty jobs that end the same whenever they are run: function calls, profiles without timing, and quantized copies of
-a tiny model, one of them read by another job.
+Without a model, twenty calls of a function, on one worker. With one, twenty jobs that end the same whenever they are
+run: function calls, profiles without timing, and quantized copies of a tiny model, each of them read by another job.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from effcli.batch import driver
 from effcli.batch.fingerprint import Fingerprints
 from effcli.batch.local import LocalEngine
 from effcli.batch.model import Job, Limits
+from effcli.errors import EffcliError
 
+_HERE = "tests.effcli.batch.killable"
+JOBS = 20
 CALLS = 14
+"""Of the jobs with a model."""
 
 
 def work(number: int, seconds: float) -> dict[str, Any]:
@@ -26,19 +30,23 @@ def work(number: int, seconds: float) -> dict[str, Any]:
     return {"number": number, "sha256": [hashlib.sha256(f"{number}.{row}".encode()).hexdigest() for row in range(99)]}
 
 
+def seconds_of(number: int) -> float:
+    """Return how long a call takes."""
+    return 0.1 + number % 4 / 10
+
+
+def calls(count: int) -> list[Job]:
+    """Return the jobs that call :func:`work`."""
+    arguments = [{"number": number, "seconds": seconds_of(number)} for number in range(count)]
+    return [
+        Job(f"call-{number}", "call", "", "none", "work", {"function": f"{_HERE}:work", "arguments": given})
+        for number, given in enumerate(arguments)
+    ]
+
+
 def jobs(model: str) -> list[Job]:
-    """Return the batch."""
+    """Return the batch with a model."""
     limits = Limits(retries=1)
-    calls = [
-        Job(
-            f"call-{number}", "call", "", "none", "work", limits=limits,
-            settings={
-                "function": "tests.effcli.batch.killable:work",
-                "arguments": {"number": number, "seconds": 0.1 + number % 4 / 10},
-            },
-        )
-        for number in range(CALLS)
-    ]  # fmt: skip
     profiles = [
         Job(f"tiny.kv-{context}", "profile", model, "tiny", "kv", {"only": ["kv"], "context": [context]}, limits=limits)
         for context in (64, 128)
@@ -54,8 +62,8 @@ def jobs(model: str) -> list[Job]:
         )
         for bits in (4, 8)
     ]  # fmt: skip
-    half = CALLS // 2
-    return [optimizes[0], *calls[:half], *profiles, optimizes[1], *calls[half:], *after]
+    called, half = calls(CALLS), CALLS // 2
+    return [optimizes[0], *called[:half], *profiles, optimizes[1], *called[half:], *after]
 
 
 def _rtn(scheme: str) -> dict[str, Any]:
@@ -67,9 +75,14 @@ def _rtn(scheme: str) -> dict[str, Any]:
 
 def main() -> int:
     """Run the batch; say on the last line how it ended."""
-    output, model = sys.argv[1:]
+    output, *model = sys.argv[1:]
     prints = Fingerprints(device_class=lambda name: {"type": "cpu"})  # without torch, so that it starts at once
-    run = driver.run(jobs(model), output, LocalEngine(workers=2, threads=1), fingerprints=prints)
+    engine = LocalEngine(workers=2 if model else 1, threads=1)
+    try:
+        run = driver.run(jobs(*model) if model else calls(JOBS), output, engine, fingerprints=prints)
+    except EffcliError as error:
+        print(error)  # noqa: T201
+        return error.exit_code
     print(json.dumps({state.job.name: state.stage for state in run.states}))  # noqa: T201
     for state in run.states:
         if state.stage not in ("kept", "passed"):

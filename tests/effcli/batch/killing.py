@@ -6,10 +6,8 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,19 +28,18 @@ class Killer:
 
     Parameters
     ----------
-    output, model : Path
+    output : Path
+    model : Path or None
+        None for the batch that needs none.
     random : random.Random
     longest_seconds : float
         Between two kills.
-    arguments : tuple of str
-        More of the batch's.
     """
 
     output: Path
-    model: Path
+    model: Path | None
     random: random.Random
     longest_seconds: float
-    arguments: tuple[str, ...] = ()
     killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys((_DRIVER, _WORKER, _HELPER), 0))
     runs: int = 0
 
@@ -50,7 +47,13 @@ class Killer:
         """Start the batch as a process."""
         self.runs += 1
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.effcli.batch.killable", str(self.output), str(self.model), *self.arguments],
+            [
+                sys.executable,
+                "-m",
+                "tests.effcli.batch.killable",
+                str(self.output),
+                *map(str, filter(None, [self.model])),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
