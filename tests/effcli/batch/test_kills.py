@@ -1,4 +1,4 @@
-"""A batch that is killed at any moment goes on when it is run again; the long form is ``tests.benchmarks.kill_batch``."""
+"""A batch that is killed at any moment goes on when it is run again; longer: ``tests.benchmarks.kill_batch``."""
 
 from __future__ import annotations
 
