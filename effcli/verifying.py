@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from effcli import provenance, signature
-from effcli.checkpoint_files import CONFIG, find_weights, fingerprint, read_json
+from effcli.checkpoint_files import find_weights, fingerprint, read_json
 from effcli.errors import BadInputError, SourceError
 from effcli.provenance import Provenance
 from effcli.recipes import from_mapping
 from effcli.reports.changes import mapping
-from effcli.reports.model import OPTIMIZE_SCHEMA, PIPELINE_OPTIMIZE_SCHEMA, REPORT_FILE, plain, read_report
+from effcli.reports.model import (
+    EXPORT_SCHEMA,
+    OPTIMIZE_SCHEMA,
+    PIPELINE_OPTIMIZE_SCHEMA,
+    REPORT_FILE,
+    plain,
+    read_report,
+)
 from effcli.sources import Source
 
 EXPORTED = "effcli-onnx.json"
@@ -78,7 +85,7 @@ def verify(folder: Path | str, *, expected: str | None = None) -> Verification:
     if made is None:
         _check_exported(folder)
         checks.append("the report is of these files")
-        notes.append("an exported model has no tensors of its own to audit: its weights were checked when it was made")
+        notes.append("an export's tensors are not audited: its outputs were held against torch when it was made")
         return Verification(str(folder), signed, tuple(checks), tuple(notes))
     report = read_report(folder)
     _check_provenance(folder, made, report)
@@ -143,11 +150,12 @@ def _audit(folder: Path, made: Provenance, report: Mapping[str, Any]) -> int:
 
 
 def _check_exported(folder: Path) -> None:
-    report = read_report(folder)
-    described = read_json(folder / EXPORTED)
-    if report.get("files") != described.get("files") or not described.get("files"):
+    report, record, sums = read_report(folder), read_json(folder / EXPORTED), signature.read(folder)
+    files, source = mapping(record.get("files")), mapping(record.get("source"))
+    same = files and all(sums.get(name) == digest for name, digest in files.items())
+    measured = mapping(report.get("model")).get("fingerprint")
+    if not same or report["schema"] != EXPORT_SCHEMA or source.get("fingerprint") != measured:
         raise SourceError(
-            f"'{folder}': the files in {EXPORTED} and {REPORT_FILE} differ, so the report is of another export"
+            f"'{folder}': {EXPORTED} lists other files than those here, or another model than {REPORT_FILE}, so the "
+            "report is of another export"
         )
-    if not (folder / CONFIG).is_file():
-        raise SourceError(f"'{folder}' has no {CONFIG}; fetch it again")

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli import sources
+from effcli import signature, sources
 from effcli.assembly import is_companion
 from effcli.checkpoint_files import CONFIG, sha256_of
 from effcli.disk import free_bytes
@@ -483,6 +483,7 @@ class _Job:
             "files": files,
         }
         (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        signature.write(out, files)
 
 
 def _dtype(asked: str, device: str) -> tuple[str, str]:

@@ -189,3 +189,21 @@ def test_without_token_or_connection_one_line_says_so(made: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInputError, match="cannot reach the hub"):
         pushing.push(made, "org/name", upload=True)
+
+
+def test_an_export_holds_and_its_record_is_of_its_files(tmp_path: Path) -> None:
+    """By hand, as ``effcli export`` leaves a folder."""
+    report = {"schema": "effcli.export/1", "model": {"fingerprint": "a" * 64}}
+    (tmp_path / "weights.bin").write_bytes(b"1234")
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    files = {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("weights.bin", "report.json")
+    }
+    record = {"format": "effcli.onnx/1", "files": files, "source": {"fingerprint": "a" * 64}}
+    (tmp_path / "effcli-onnx.json").write_text(json.dumps(record))
+    signed_again(tmp_path)
+    assert verify(tmp_path).notes[0].startswith("an export's tensors are not audited")
+    (tmp_path / "weights.bin").write_bytes(b"4321")
+    signed_again(tmp_path)
+    with pytest.raises(SourceError, match="the report is of another export"):
+        verify(tmp_path)
