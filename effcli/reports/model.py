@@ -173,5 +173,10 @@ def read_report(path: Path | str) -> dict[str, Any]:
         raise BadInputError(f"'{path}' is not a report: not JSON at line {error.lineno}") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema not in SCHEMAS:
+        name, _, number = str(schema).partition("/")
+        if any(known.partition("/")[0] == name for known in SCHEMAS) and number.isdecimal():
+            raise BadInputError(
+                f"'{path}' has schema {schema!r}, from a newer release; this one reads {name}/1: pip install -U effcli"
+            )
         raise BadInputError(f"'{path}' has schema {schema!r}; this version reads {', '.join(SCHEMAS)}")
     return dict(data)

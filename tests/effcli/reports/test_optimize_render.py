@@ -242,10 +242,18 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def test_a_schema_that_nobody_knows_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    path.write_text('{"schema": "effcli.optimize/2"}', encoding="utf-8")
-    with pytest.raises(BadInputError, match=r"'effcli\.optimize/2'; this version reads effcli\.profile/1, effcli\.opt"):
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ("effcli.optimize/2", r"from a newer release; this one reads effcli\.optimize/1: pip install -U effcli"),
+        ("else/1", r"this version reads effcli\.profile/1, effcli\.opt"),
+        (None, "has schema None"),
+    ],
+)
+def test_a_schema_that_nobody_knows_is_refused(tmp_path: Path, schema: str | None, says: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"schema": schema}))
+    with pytest.raises(BadInputError, match=says):
         read_report(path)
 
 
