@@ -25,7 +25,7 @@ from typing import Any
 
 from effcli.batch import locking
 from effcli.batch.engine import Engine, JobSource, View
-from effcli.batch.faults import failure, room, writable
+from effcli.batch.faults import exit_code, failure, room, skipped, writable
 from effcli.batch.journal import Entry, Journal, Kind
 from effcli.batch.keeping import Fingerprinting, Keeper, check_needs
 from effcli.batch.locking import state_folder
@@ -35,9 +35,7 @@ from effcli.batch.storage import is_url
 from effcli.disk import free_bytes
 from effcli.errors import (
     EXIT_BUG,
-    EXIT_GATE_FAILED,
     EXIT_NO_ROOM,
-    EXIT_OK,
     BadInputError,
     EffcliError,
     InterruptedRunError,
@@ -195,17 +193,8 @@ class _Batch:
         return sum(state.stage in _GOOD for state in self.states.values())
 
     def exit_code(self) -> int:
-        """Return the batch's exit code; a trial of a search that misses a gate is an answer, and no failure."""
-        codes = set()
-        for name, state in self.states.items():
-            if state.stage == "failed":
-                codes.add(EXIT_BUG)
-            elif state.stage in ("gate-failed", "skipped") and name not in self._source_of:
-                assert state.outcome is not None
-                codes.add(state.outcome.exit_code)
-        if codes <= {EXIT_OK, EXIT_GATE_FAILED}:
-            return max(codes, default=EXIT_OK)
-        return EXIT_BUG
+        """Return the batch's exit code."""
+        return exit_code(self.states.values(), trials=self._source_of)
 
     def stop_all(self, reason: str) -> None:
         """Stop every running job, and note why."""
@@ -258,7 +247,7 @@ class _Batch:
             needs = [self.states[name] for name in job.needs]
             bad = next((need for need in needs if need.stage not in _GOOD | _OPEN), None)
             if bad is not None:
-                self._skip(state, bad)
+                self._settle(state, "skipped", skipped(bad))
             elif all(need.stage in _GOOD for need in needs) and self._must_run(state):
                 like = _like(job)
                 if like not in refused and not self._offer(state):
@@ -374,13 +363,6 @@ class _Batch:
         self._deadlines.pop(state.job.name, None)
         state.step = state.done = state.memory_bytes = state.gpu_memory_bytes = None
         self._look = True
-
-    def _skip(self, state: JobState, need: JobState) -> None:
-        code = EXIT_BUG
-        if need.stage in ("gate-failed", "skipped") and need.outcome is not None:
-            code = need.outcome.exit_code
-        how = {"gate-failed": "which failed its gates", "skipped": "which was skipped"}.get(need.stage, "which failed")
-        self._settle(state, "skipped", Outcome("skipped", f"needs '{need.job.name}', {how}", code))
 
     def _set_deadline(self, job: Job) -> None:
         if job.limits.time_seconds is not None:

@@ -1,13 +1,13 @@
-"""What goes wrong outside the jobs, as text: a model that cannot be read, a disk that is full or closed."""
+"""What goes wrong, as outcomes, exit codes and lines: a model that cannot be read, a need, a disk that is full."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 
-from effcli.batch.model import Outcome
-from effcli.errors import BadInputError, NoRoomError, explain
+from effcli.batch.model import JobState, Outcome
+from effcli.errors import EXIT_BUG, EXIT_GATE_FAILED, EXIT_OK, BadInputError, NoRoomError, explain
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
@@ -17,6 +17,30 @@ def failure(error: Exception) -> Outcome:
     """Return the outcome of a job that failed before it could be offered."""
     line, code = explain(error)
     return Outcome("failed", " ".join(line.split()).removeprefix("error: "), code)
+
+
+def skipped(need: JobState) -> Outcome:
+    """Return the outcome of a job that needs one that did not pass; its exit code is that one's."""
+    code = EXIT_BUG
+    if need.stage in ("gate-failed", "skipped") and need.outcome is not None:
+        code = need.outcome.exit_code
+    how = {"gate-failed": "which failed its gates", "skipped": "which was skipped"}.get(need.stage, "which failed")
+    return Outcome("skipped", f"needs '{need.job.name}', {how}", code)
+
+
+def exit_code(states: Iterable[JobState], trials: Container[str]) -> int:
+    """Return a batch's exit code: 0 all passed, 1 a job failed or was skipped because one did, 3 only gates failed.
+
+    A trial of a search that misses a gate, or that the search gave up, is an answer and no failure.
+    """
+    codes = {EXIT_OK}
+    for state in states:
+        if state.stage == "failed":
+            codes.add(EXIT_BUG)
+        elif state.stage in ("gate-failed", "skipped") and state.job.name not in trials:
+            assert state.outcome is not None
+            codes.add(state.outcome.exit_code)
+    return max(codes) if codes <= {EXIT_OK, EXIT_GATE_FAILED} else EXIT_BUG
 
 
 @contextlib.contextmanager

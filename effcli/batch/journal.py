@@ -218,13 +218,16 @@ def _check_format(path: Path, text: str) -> None:
 def _rewrite(path: Path, records: Mapping[str, Record]) -> None:
     """Put a journal with only the lines that matter in place of what is there, whole or not at all."""
     temporary = path.with_suffix(".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(_FIRST + "\n")
-        for record in records.values():
-            file.writelines(entry.to_json() + "\n" for entry in record.entries())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(_FIRST + "\n")
+            for record in records.values():
+                file.writelines(entry.to_json() + "\n" for entry in record.entries())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
 """Kill a batch of twenty jobs again and again with signal 9, and compare what it makes with an undisturbed run.
 
-``python -m tests.benchmarks.kill_batch --kills 50 --rounds 2``: in every round a new output, kills at random moments (the
-driver half of the time, else a worker or what a worker has started), then the same command until it ends, then the
-comparison; the last line is the result as JSON. It takes about twenty minutes.
+``python -m tests.benchmarks.kill_batch --kills 50 --rounds 2``: in every round a new output, kills at random moments
+(the driver half of the time, else a worker or what a worker has started), then the same command until it ends, then
+the comparison; the last line is the result as JSON. It takes about twenty minutes.
 """
 
 from __future__ import annotations
