@@ -170,7 +170,9 @@ def _chosen(
     by_name = {job.name: job for job in jobs} | dict(searches)
     for pattern in only:
         if not any(fnmatchcase(name, pattern) for name in by_name):
-            raise BadInputError(f"--only '{pattern}' names no job of this file{did_you_mean(pattern, by_name)}")
+            raise BadInputError(
+                f"--only '{pattern}' names no job of this file{did_you_mean(pattern, by_name)}; --dry-run lists them"
+            )
     ahead = [name for name in by_name if any(fnmatchcase(name, pattern) for pattern in only)]
     wanted: set[str] = set()
     while ahead:
