@@ -10,6 +10,7 @@ Decoding is fed the text, so that both sides see the same tokens whatever they w
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,22 @@ def open_graph(path: Path, provider: str) -> InferenceSession:
         ) from None
 
 
+@contextlib.contextmanager
+def run_errors() -> Iterator[None]:
+    """Turn what onnxruntime raises about a written graph into one line.
+
+    Raises
+    ------
+    BadInputError
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - onnxruntime has a dozen types of its own, below Exception
+        raise BadInputError(
+            f"onnxruntime cannot run the exported graph ({' '.join(str(error).split())[:300]}); nothing was published"
+        ) from error
+
+
 class TextSessions:
     """The two graphs of a language model as functions of numpy arrays and onnxruntime values."""
 
@@ -104,7 +121,8 @@ class TextSessions:
         }
         pasts = [name.replace("present", "past_key_values", 1) for name in self._names[1:]]
         feed |= dict(zip(pasts, cache, strict=False))
-        logits, *present = graph.run_with_ort_values(self._names, feed)
+        with run_errors():
+            logits, *present = graph.run_with_ort_values(self._names, feed)
         return logits.numpy(), present
 
 
@@ -170,7 +188,8 @@ def check_encoder(model: PreTrainedModel, graph: InferenceSession, windows: torc
         feed = {name: value for name, value in feed.items() if name in known}
         with torch.inference_mode():
             expected = model(**{name: value.to(model.device) for name, value in feed.items()}, return_dict=True)
-        found = graph.run(names, {name: value.numpy() for name, value in feed.items()})
+        with run_errors():
+            found = graph.run(names, {name: value.numpy() for name, value in feed.items()})
         for name, value in zip(names, found, strict=True):
             wanted = expected[name].float().cpu()
             by_token = wanted.dim() > 2 and wanted.shape[:2] == kept.shape

@@ -107,7 +107,7 @@ def text_graphs(
                 for shape in caches
             ]
             axes["past_key_values"] = [{part: {0: "batch", 2: "past"} for part in ("key", "value")} for _ in caches]
-        yield name, _lower(graph, inputs, axes, opset, past=past)
+        yield name, _lower(graph, inputs, axes, opset)
 
 
 def encoder_graph(model: PreTrainedModel, inputs: dict[str, torch.Tensor], *, opset: int) -> onnx_ir.Model:
@@ -126,7 +126,7 @@ def encoder_graph(model: PreTrainedModel, inputs: dict[str, torch.Tensor], *, op
         Naming the module that cannot be lowered.
     """
     axes = {name: {0: "batch", 1: "sequence"} for name in inputs}
-    return _lower(_encoder_graph(model), dict(inputs), axes, opset, past=0)
+    return _lower(_encoder_graph(model), dict(inputs), axes, opset)
 
 
 def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
@@ -233,9 +233,7 @@ def _parameters(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(inspect.signature(model.forward).parameters)
 
 
-def _lower(
-    graph: torch.nn.Module, inputs: dict[str, Any], axes: dict[str, Any], opset: int, *, past: int
-) -> onnx_ir.Model:
+def _lower(graph: torch.nn.Module, inputs: dict[str, Any], axes: dict[str, Any], opset: int) -> onnx_ir.Model:
     """Trace and translate one graph, then name what goes in and out and its dynamic sizes."""
     import torch
     from onnx_ir.passes import common
@@ -246,7 +244,7 @@ def _lower(
     device = model.device
     inputs = torch.utils._pytree.tree_map(lambda tensor: tensor.to(device), inputs)
     config = OnnxConfig(
-        dynamic_shapes=_dims(axes, past), opset_version=opset, optimize=False, external_data=True,
+        dynamic_shapes=_dims(axes), opset_version=opset, optimize=False, external_data=True,
         prefer_deferred_runtime_asserts_over_guards=True,
     )  # fmt: skip
     with _attention(model), _trail(graph) as trail, _quiet():
@@ -258,28 +256,27 @@ def _lower(
         # Transposed weights stay ops (onnxruntime folds them when it loads): so they keep their name and one copy.
         optimizer.optimize_ir(lowered, should_fold=lambda node: False if node.op_type == "Transpose" else None)
         common.ClearMetadataAndDocStringPass()(lowered)  # stack traces of this machine
-    _name_sizes(lowered, axes)
+    _name_sizes(model, lowered, axes)
     return lowered
 
 
-def _dims(axes: Any, past: int) -> Any:
-    """Turn names of sizes into torch's dynamic sizes; ``total`` is past + sequence, which torch finds itself."""
+def _dims(axes: Any) -> Any:
+    """Turn names of sizes into sizes that torch keeps open within the model's limits, such as its positions."""
     from torch.export import Dim
 
-    known = {name: Dim(name, min=1, max=1 << 24) for name in ("batch", "sequence", "past")}
-
-    def convert(item: Any) -> Any:
-        if isinstance(item, list):
-            return [convert(entry) for entry in item]
-        if all(isinstance(key, int) for key in item):
-            return {axis: Dim.DYNAMIC if name == "total" else known[name] for axis, name in item.items()}
-        return {key: convert(value) for key, value in item.items()}
-
-    return convert(axes)
+    if isinstance(axes, list):
+        return [_dims(entry) for entry in axes]
+    return {key: Dim.AUTO if isinstance(key, int) else _dims(value) for key, value in axes.items()}
 
 
-def _name_sizes(lowered: onnx_ir.Model, axes: dict[str, Any]) -> None:
-    """Give dynamic sizes of inputs and outputs the names that readers expect, instead of torch's ``s17``."""
+def _name_sizes(model: Any, lowered: onnx_ir.Model, axes: dict[str, Any]) -> None:
+    """Give dynamic sizes of inputs and outputs the names that readers expect, instead of torch's ``s17``.
+
+    Raises
+    ------
+    NotExportableError
+        If the model's own code has fixed one of them.
+    """
     import onnx_ir as ir
 
     flat: dict[str, dict[int, str]] = {}
@@ -292,6 +289,12 @@ def _name_sizes(lowered: onnx_ir.Model, axes: dict[str, Any]) -> None:
     for value in lowered.graph.inputs:
         names = flat[str(value.name)]
         assert value.shape is not None
+        fixed = next((axis for axis in names if isinstance(value.shape[axis], int)), None)
+        if fixed is not None:
+            raise NotExportableError(
+                f"{type(model).__name__} cannot be exported to ONNX: its code fixes the size '{names[fixed]}' of "
+                f"{value.name} to {value.shape[fixed]}"
+            )
         value.shape = ir.Shape([names.get(axis, size) for axis, size in enumerate(value.shape)])
     for value in lowered.graph.outputs:
         if value.shape is None:

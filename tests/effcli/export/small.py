@@ -20,7 +20,7 @@ def build(name: str, **values: Any) -> PreTrainedModel:
     config = CONFIGS[name]()
     layers = LAYERS.get(name, 1)
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
+    if "layer_types" in vars(config):
         config.layer_types = config.layer_types[:layers]
     for key, value in values.items():
         setattr(config, key, value)

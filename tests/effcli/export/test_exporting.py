@@ -222,9 +222,7 @@ def test_a_quantized_cache_is_refused_by_the_name_of_its_pass(text_export: Expor
     made = {
         "format": "effcli.checkpoint/1", "created": "", "source": {}, "recipe": {}, "dtype": "float32", "device": "cpu",
         "versions": {}, "files": {},
-        "passes": [
-            {"name": "kv-pq", "parameters": {}, "seconds": 1.0, "layers": [], "skipped": [], "notes": []}
-        ],
+        "passes": [{"name": "kv-pq", "parameters": {}, "summary": "", "layers": [], "skipped": [], "notes": []}],
     }  # fmt: skip
     (source / "effcli.json").write_text(json.dumps(made))
     with pytest.raises(BadInputError, match="made by the pass kv-pq"):
