@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from effcli.errors import BadInputError
 from effcli.reports.model import PROFILE_SCHEMA, Environment, ModelInfo, ProfileReport, plain, read_report
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from effcli.diffusion.opening import OpenedPipeline
+    from effcli.export.generating import OnnxModel
     from effcli.loading import LoadedModel
     from effcli.sources import Source
     from profilers.peaks import Peaks
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 # The order in which profilers run and are shown; others follow by name.
 PROFILER_ORDER = ("latency", "intensity", "kv", "sinks", "energy", "outliers")
 
+# What can be measured from outside, by the clock and the GPU's meter, on a model whose layers another runtime runs.
+ONNX_PROFILERS = ("latency", "energy")
 VERSIONED_PACKAGES = ("effcli", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
@@ -66,6 +69,50 @@ def load_report(path: Path | str) -> dict[str, Any]:
     return read_report(path)
 
 
+class Runnable(NamedTuple):
+    """A model that is ready to run, and its tokenizer.
+
+    Attributes
+    ----------
+    model : PreTrainedModel or OnnxModel
+    tokenizer : PreTrainedTokenizerBase or None
+        None where the checkpoint has none.
+    """
+
+    model: PreTrainedModel | OnnxModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def generate(self, inputs: Any = None, **options: Any) -> Any:
+        """Generate with the model; see ``generate`` of transformers.
+
+        Parameters
+        ----------
+        inputs : str, torch.Tensor or mapping, optional
+            A prompt, token ids of shape (batch, tokens), or what a tokenizer returned.
+        **options
+            As ``model.generate`` takes them: ``max_new_tokens``, ``do_sample``, ``streamer``, …
+
+        Returns
+        -------
+        str or torch.Tensor
+            What follows the prompt, as text, if that was text; else token ids, the given ones first.
+
+        Raises
+        ------
+        effcli.errors.BadInputError
+            For a prompt where the checkpoint has no tokenizer.
+        """
+        if isinstance(inputs, str):
+            if self.tokenizer is None:
+                raise BadInputError("this checkpoint has no tokenizer; give token ids instead of a text")
+            given = self.tokenizer(inputs, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
+            ids = self.model.generate(**given, **options)
+            return self.tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        if isinstance(inputs, Mapping):
+            return self.model.generate(**inputs, **options)
+        return self.model.generate(inputs, **options) if inputs is not None else self.model.generate(**options)
+
+
 def load(
     model: str | Path,
     *,
@@ -76,13 +123,17 @@ def load(
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+) -> Runnable:
     """Load a checkpoint to run it: quantized weights repacked for the fastest kernels that the device has.
+
+    >>> import effcli
+    >>> effcli.load("out-onnx").generate("Once upon a time", max_new_tokens=20)  # doctest: +SKIP
+    >>> model, tokenizer = effcli.load("out")  # doctest: +SKIP
 
     Parameters
     ----------
     model : str or Path
-        A folder that ``effcli optimize`` wrote, or any other source.
+        A folder that ``effcli optimize`` or ``effcli export`` wrote, or any other source.
     device, dtype : str
         ``auto`` or a torch name.
     kernels : str
@@ -94,17 +145,25 @@ def load(
 
     Returns
     -------
-    model : PreTrainedModel
-    tokenizer : PreTrainedTokenizerBase or None
-        None where the checkpoint has none.
+    Runnable
+        ``(model, tokenizer)``, with a ``generate`` of its own. An export gives an
+        :class:`effcli.export.generating.OnnxModel`, which runs on ONNX Runtime.
 
     Raises
     ------
     effcli.errors.EffcliError
         If the source, device or dtype cannot be used.
     """
-    from effcli import checkpoint
+    from effcli import checkpoint, sources
 
+    if sources.is_export(Path(model)):
+        from effcli.export import opening
+
+        for name, given in (("kernels", kernels != "auto"), ("compile", compile)):
+            if given:
+                raise BadInputError(f"'{model}' runs on ONNX Runtime, to which {name} means nothing; leave it out")
+        exported = opening.load(sources.resolve(str(model), revision=revision), device=device, dtype=dtype)
+        return Runnable(exported.model, exported.tokenizer)
     loaded = checkpoint.load(
         model,
         device=device,
@@ -115,7 +174,7 @@ def load(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    return loaded.model, loaded.tokenizer
+    return Runnable(loaded.model, loaded.tokenizer)
 
 
 def profile(
@@ -218,10 +277,19 @@ def profile(
             source = sources.resolve(str(model), config_only=config_only, revision=revision, progress=progress, **trust)
             config_only = config_only or source.kind == "config"
             selected, skipped = _without_weights(selected, config_only, only is not None)
+            if source.kind == "onnx":
+                selected, skipped = _on_onnx(source.spec, selected, only is not None, config_only)
             # Once more after loading, where a roofline is drawn: on a shared machine a ceiling is the best of several.
             if not config_only and any(item.name == "intensity" for item in selected):
                 first = kept.peaks(chosen, loading.native_dtypes(chosen), progress)
-            loaded = kept.load(source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust)
+            if source.kind == "onnx":
+                from effcli.export import opening
+
+                loaded = opening.load(source, device=device, dtype=dtype)
+            else:
+                loaded = kept.load(
+                    source, device=device, dtype=dtype, config_only=config_only, progress=progress, **trust
+                )
         else:
             loaded = _live(model, tokenizer)
             config_only = loaded.model.device.type == "meta"
@@ -310,6 +378,22 @@ def _without_weights(
     return tuple(item for item in selected if not item.needs_weights), skipped
 
 
+def _on_onnx(
+    spec: str, selected: tuple[Profiler, ...], asked_for: bool, config_only: bool
+) -> tuple[tuple[Profiler, ...], dict[str, str]]:
+    """Of an export, leave out the profilers that look into a model; refuse if the user named one of them."""
+    if config_only:
+        raise BadInputError(f"'{spec}' is an ONNX export; count without weights with the model it was made from")
+    why = "measured on ONNX Runtime, which shows nothing of what happens inside a graph"
+    skipped = {item.name: why for item in selected if item.name not in ONNX_PROFILERS}
+    if asked_for and skipped:
+        raise BadInputError(
+            f"profiler '{next(iter(skipped))}' needs the layers of a torch model and '{spec}' is an ONNX export; give "
+            f"the model it was made from, or --only {','.join(ONNX_PROFILERS)}"
+        )
+    return tuple(item for item in selected if item.name in ONNX_PROFILERS), skipped
+
+
 def _name_of(model: str | Path | PreTrainedModel | LoadedModel) -> str:
     from effcli.loading import LoadedModel
 
@@ -347,14 +431,15 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
     from profilers.weights import weight_bytes_and_parameters
 
     config, model = loaded.config.get_text_config(decoder=True), loaded.model
-    weights = weight_bytes_and_parameters(model)
+    exported = loaded.source.kind == "onnx"
+    weights = model.weight_size if exported else weight_bytes_and_parameters(model)
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     head_dim = getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
     return ModelInfo(
         source=loaded.source.spec,
         kind=loaded.source.kind,
-        architecture=type(model).__name__,
+        architecture=model.architecture if exported else type(model).__name__,
         model_type=loaded.config.model_type,
         parameters=weights.parameters,
         weight_bytes=weights.bytes,
@@ -389,9 +474,17 @@ def environment_of(loaded: LoadedModel | OpenedPipeline, peaks: Peaks | None) ->
         memory_available_bytes=devices.memory_available_bytes(on),
         peaks=peaks,
         peaks_reason=None,
-        versions={"python": platform.python_version()} | {name: version(name) for name in VERSIONED_PACKAGES},
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in VERSIONED_PACKAGES}
+        | ({"onnxruntime": _onnxruntime()} if loaded.source.kind == "onnx" else {}),
         platform=platform.platform(),
     )
+
+
+def _onnxruntime() -> str:
+    from effcli.export.opening import version_of
+
+    return version_of()
 
 
 def _warnings(results: dict[str, Any]) -> tuple[str, ...]:

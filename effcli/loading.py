@@ -27,7 +27,7 @@ from effcli.devices import DTYPES, check_dtype_name, choose_device, choose_dtype
 from effcli.errors import NoRoomError, SourceError
 from effcli.formatting import data_size
 from effcli.quiet import quiet_transformers
-from effcli.sources import PIPELINE_NOTE, Source
+from effcli.sources import PIPELINE_NOTE, Source, export_refused
 from passes.base import KernelUse, LoadOptions, LoadRecord
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def load(
     check_dtype_name(dtype)
     if source.kind == "diffusers" or source.path is None:
         raise SourceError(f"'{source.spec}' is {PIPELINE_NOTE}")
+    if source.kind == "onnx":
+        raise export_refused(source.spec, source.path)
     chosen, device_reason = choose_device(device)
     config_only = config_only or source.kind == "config"
     with quiet_transformers(progress), _one_line_errors(source.spec):
@@ -235,6 +237,23 @@ def describe(record: LoadRecord) -> list[str]:
     return [*lines, *record.notes]
 
 
+def load_tokenizer(
+    folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """Return a folder's tokenizer, or None and why there is none."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None, "no tokenizer: none of its files is there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except _TOKENIZER_ERRORS as error:
+        return None, f"no tokenizer: its files cannot be loaded ({_first_line(error)})"
+    return tokenizer, None
+
+
 class _Folder:
     """A transformers folder, or only its config."""
 
@@ -305,17 +324,7 @@ class _Folder:
         return model, info
 
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-        from transformers import AutoTokenizer
-
-        if not any((self._folder / name).is_file() for name in _TOKENIZER_FILES):
-            return None, "no tokenizer: none of its files is there"
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self._folder, config=self.config, trust_remote_code=self._trust, local_files_only=True
-            )
-        except _TOKENIZER_ERRORS as error:
-            return None, f"no tokenizer: its files cannot be loaded ({_first_line(error)})"
-        return tokenizer, None
+        return load_tokenizer(self._folder, self.config, trust_remote_code=self._trust)
 
 
 class _Gguf:

@@ -206,6 +206,8 @@ def prepare(
         staging.check_target(target, local if local.exists() else None, force=force)
         made_by = built_source.maker(chain)
         if made_by is None:
+            if local.is_dir() and sources.is_export(local):
+                raise sources.export_refused(model, local)
             if local.is_dir() and (local / CONFIG).is_file() and find_weights(local, allow_pickle=True) is None:
                 raise built_source.no_weights(model, chain)
             source = sources.resolve(model, revision=options.revision, progress=progress, **options.trust)

@@ -3,7 +3,8 @@
 ::
 
     an existing path ─┬─ folder ─┬─ config.json       -> folder
-                      │          └─ model_index.json  -> diffusers
+                      │          ├─ model_index.json  -> diffusers
+                      │          └─ effcli-onnx.json  -> onnx
                       ├─ *.gguf                       -> gguf
                       └─ *.json with a model_type     -> config
     a built-in name ─────────────────────────────────> builtin (or diffusers)
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from profilers.base import Progress
 
 PIPELINE_NOTE = "a diffusers pipeline: 'effcli profile' and 'effcli optimize' take a local folder of one"
+ONNX = "effcli-onnx.json"
+"""What an export says of itself; a folder that has one is an export."""
 CONFIG_NOTE = "only a config is given: counted without weights, as with --config-only"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
@@ -42,9 +45,9 @@ class Source:
     spec : str
         As the user named it.
     kind : str
-        ``hub``, ``folder``, ``gguf``, ``config``, ``builtin`` or ``diffusers``.
+        ``hub``, ``folder``, ``gguf``, ``config``, ``builtin``, ``diffusers`` or ``onnx``.
     path : Path or None
-        Local folder (``hub``, ``folder``, ``builtin``, ``diffusers``) or file (``gguf``, ``config``).
+        Local folder (``hub``, ``folder``, ``builtin``, ``diffusers``, ``onnx``) or file (``gguf``, ``config``).
     revision : str or None
         Commit of a hub snapshot; ``package==version`` that a built-in model comes from.
     notes : tuple of str
@@ -186,6 +189,8 @@ def _from_folder(spec: str, folder: Path, *, config_only: bool, allow_pickle: bo
             return Source(spec, "diffusers", folder, notes=(PIPELINE_NOTE,))
         raise SourceError(f"no {CONFIG} in folder '{folder}'{_what_is_there_instead(folder)}")
     read_json(folder / CONFIG)
+    if is_export(folder):
+        return Source(spec, "onnx", folder)
     if config_only:
         return Source(spec, "folder", folder)
     weights = find_weights(folder, allow_pickle=allow_pickle)
@@ -194,6 +199,20 @@ def _from_folder(spec: str, folder: Path, *, config_only: bool, allow_pickle: bo
     if not weights.pickled:
         check_safetensors(weights.files)
     return Source(spec, "folder", folder)
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is one that ``effcli export`` wrote."""
+    return (folder / ONNX).is_file()
+
+
+def export_refused(spec: str, folder: Path) -> SourceError:
+    """Return the error for a command that needs the torch model and was given its export."""
+    made_from = (read_json(folder / ONNX).get("source") or {}).get("source")
+    return SourceError(
+        f"'{spec}' is an ONNX export, which 'effcli profile' and effcli.load run; "
+        f"here, give the model that it was made from{f': {made_from}' if isinstance(made_from, str) else ''}"
+    )
 
 
 def _what_is_there_instead(folder: Path) -> str:

@@ -25,7 +25,7 @@ import torch
 
 from profilers.base import ProfileContext, Profiler
 from profilers.device import synchronize
-from profilers.phases import context_limit, token_ids
+from profilers.phases import context_limit, generates, token_ids
 from profilers.timing import check_point, decode_room, first_token, next_token, out_of_memory_as_error
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def measure_energy(
     device = model.device
     if device.type != "cuda":
         return not_measured(f"the model is on {device.type}; NVML reads the energy of NVIDIA GPUs only")
+    if not generates(model):
+        return not_measured("the model does not generate, and energy is that of decoding")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return not_measured("the model is spread over several devices; their energy is not added up")
     import pynvml

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_CONTEXT = 512
+NO_DECODE = "the model does not generate: TTFT is the time of one forward pass"
 UNSTABLE_SPREAD = 0.25
 """(p90 - p10) / p50 above which a number carries a warning."""
 
@@ -28,9 +29,10 @@ class LatencyPoint:
     ----------
     ttft_seconds : Distribution
         Prefill of the context and choice of the first token.
-    tpot_seconds : Distribution
+        Of a model that does not generate: one forward pass.
+    tpot_seconds : Distribution or None
         One decode step: one further token for every sequence.
-    tokens_per_second : float
+    tokens_per_second : float or None
         Decode, all sequences of the batch together: batch / median TPOT.
     prefill_tokens_per_second : float
         batch x context / median TTFT.
@@ -40,18 +42,21 @@ class LatencyPoint:
         About figures of this point that are not to be trusted.
     decode_context : tuple of int or None
         Tokens in the cache before the first and the last timed decode step.
+    tpot_reason : str or None
+        Why there is no TPOT.
     """
 
     batch: int
     context: int
     ttft_seconds: Distribution
-    tpot_seconds: Distribution
-    tokens_per_second: float
+    tpot_seconds: Distribution | None
+    tokens_per_second: float | None
     prefill_tokens_per_second: float
     peak_memory_bytes: int | None
     peak_memory_reason: str | None
     warnings: tuple[str, ...]
     decode_context: tuple[int, int] | None = None
+    tpot_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,17 +126,22 @@ def measure_latency(
 
 def _point(timings: PhaseTimings, batch: int, context: int) -> LatencyPoint:
     timing = timings.measure(batch, context)
+    decode = timing.decode
     return LatencyPoint(
         batch=batch,
         context=context,
         ttft_seconds=timing.prefill,
-        tpot_seconds=timing.decode,
-        tokens_per_second=batch / timing.decode.p50,
+        tpot_seconds=decode,
+        tokens_per_second=None if decode is None else batch / decode.p50,
         prefill_tokens_per_second=batch * context / timing.prefill.p50,
         peak_memory_bytes=timing.peak_memory_bytes,
         peak_memory_reason=timing.peak_memory_reason,
-        warnings=(*spread_warnings("TTFT", timing.prefill), *spread_warnings("TPOT", timing.decode)),
+        warnings=(
+            *spread_warnings("TTFT", timing.prefill),
+            *(() if decode is None else spread_warnings("TPOT", decode)),
+        ),
         decode_context=timing.decode_context,
+        tpot_reason=None if decode is not None else NO_DECODE,
     )
 
 

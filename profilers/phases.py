@@ -93,6 +93,11 @@ def decode_history(config: Any, context: int) -> int:
     return context - 1 if limit is not None and context >= limit > 1 else context
 
 
+def generates(model: Any) -> bool:
+    """Return whether a model generates: False for one that says so itself (``generates``), an encoder."""
+    return bool(getattr(model, "generates", True))
+
+
 def token_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Return token ids of shape (batch, tokens) on the model's device: random, or without values on meta."""
     if model.device.type == "meta":

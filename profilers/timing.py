@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +15,21 @@ import torch
 from profilers.base import DoesNotFitError, NotApplicableError, ProfilerError
 from profilers.cache_prediction import predictor_of
 from profilers.device import memory_available_bytes, synchronize, track_peak_memory
-from profilers.phases import PhaseState, check_batch, check_context, context_limit, decode_step, prefill, token_ids
+from profilers.phases import (
+    PhaseState,
+    check_batch,
+    check_context,
+    context_limit,
+    decode_step,
+    generates,
+    prefill,
+    token_ids,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+Result = TypeVar("Result")
 Run: TypeAlias = tuple[PhaseState, torch.Tensor]
 """State after a forward, and the tokens chosen from its logits."""
 
@@ -92,6 +102,8 @@ class PhaseTiming:
 
     Attributes
     ----------
+    decode : Distribution or None
+        None for a model that does not generate.
     decode_context : tuple of int
         Tokens in the cache before the first and before the last step that was timed: each step adds one.
     peak_memory_bytes : int or None
@@ -103,7 +115,7 @@ class PhaseTiming:
     batch: int
     context: int
     prefill: Distribution
-    decode: Distribution
+    decode: Distribution | None
     peak_memory_bytes: int | None
     peak_memory_reason: str | None
     decode_context: tuple[int, int] | None = None
@@ -156,6 +168,8 @@ class PhaseTimings:
     def _measure(self, batch: int, context: int) -> PhaseTiming:
         model, device = self._model, self._model.device
         check_point(model, batch, context)
+        if not generates(model):
+            return self._measure_forward(batch, context)
         held, steps = decode_room(model.config, context, DECODE_WARM_UP + DECODE_REPEATS.maximum)
         ids = token_ids(model, batch, context, self._seed)
         prefills: list[float] = []
@@ -184,12 +198,26 @@ class PhaseTimings:
             decode_context=(first, first + len(decodes) - 1),
         )
 
-    def _timed(self, function: Callable[[], Run]) -> tuple[float, Run]:
+    def _measure_forward(self, batch: int, context: int) -> PhaseTiming:
+        model, times = self._model, list[float]()
+        ids = token_ids(model, batch, context, self._seed)
+
+        def forward() -> None:
+            with torch.inference_mode():
+                model(input_ids=ids)
+
+        with out_of_memory_as_error(batch, context, model.device), track_peak_memory(model.device) as peak:
+            forward()  # warms up
+            while not PREFILL_REPEATS.enough(times):
+                times.append(self._timed(forward)[0])
+        return PhaseTiming(batch, context, Distribution.of(times), None, peak.bytes, peak.reason)
+
+    def _timed(self, function: Callable[[], Result]) -> tuple[float, Result]:
         synchronize(self._model.device)
         start = self._clock()
-        run = function()
+        result = function()
         synchronize(self._model.device)
-        return self._clock() - start, run
+        return self._clock() - start, result
 
 
 def first_token(model: PreTrainedModel, input_ids: torch.Tensor) -> Run:
@@ -263,7 +291,9 @@ def check_point(model: PreTrainedModel, batch: int, context: int) -> None:
     need = tokens * width * model.dtype.itemsize
     available = memory_available_bytes(device)
     largest_cache = 2 * tokens * hidden * int(getattr(text, "num_hidden_layers", 0)) * model.dtype.itemsize
-    if need + largest_cache > available / 2:  # else it fits whatever the layers keep, and the prediction is not needed
+    if (
+        generates(model) and need + largest_cache > available / 2
+    ):  # else it fits whatever the layers keep, and the prediction is not needed
         with contextlib.suppress(NotApplicableError):  # a cache that cannot be predicted counts as nothing
             need += predictor_of(model)(batch, context).bytes
     if need > available:

@@ -59,6 +59,7 @@ def _rates(points: list[Report]) -> Table:
         for point in points
         if point.get("peak_memory_bytes") is None and point.get("peak_memory_reason")
     )
+    no_tpot = (f"No TPOT: {printable(point['tpot_reason'])}." for point in points if point.get("tpot_reason"))
     heads = columns("batch", "context", "decode tok/s", "prefill tok/s", "spread", "samples", "peak memory")
     spread = "Spread: (p90 − p10) / p50 of TPOT."
     ranges = (
@@ -66,4 +67,4 @@ def _rates(points: list[Report]) -> Table:
         for point in points
         if point.get("decode_context")
     )
-    return Table("Throughput", heads, rows, unique([spread, *ranges, *reasons]))
+    return Table("Throughput", heads, rows, unique([spread, *ranges, *no_tpot, *reasons]))
