@@ -24,7 +24,7 @@ def profile_verdict(report: Report) -> list[str]:
     """Return the sentences of a profile, the most pressing first; at least one."""
     sentences = [
         *_memory(report),
-        *_phases(report),
+        *(_phases(report) or _timed(report)),
         *_shaky(report),
         *_elsewhere(report),
         *_advice(report),
@@ -56,6 +56,21 @@ def _phases(report: Report) -> list[str]:
     points = items(intensity, "points")
     quoted = [(phase, main_point(points, phase)) for phase in ("decode", "prefill")]
     return [_phase(phase, point, intensity, report) for phase, point in quoted if point is not None]
+
+
+def _timed(report: Report) -> list[str]:
+    """Say what was timed where there is no roofline to hold it against."""
+    point = next(iter(items(profile(report, "latency"), "points")), None)
+    if point is None:
+        return []
+    ttft, tpot = ((point.get(key) or {}).get("p50") for key in ("ttft_seconds", "tpot_seconds"))
+    parts = [f"the first token takes {fmt.seconds(ttft)}"] if ttft is not None else []
+    if tpot is not None:
+        parts.append(f"each further one {fmt.seconds(tpot)} ({fmt.short(point.get('tokens_per_second'))} tokens/s)")
+    if not parts:
+        return []
+    said = ", ".join(parts)
+    return [f"{said[0].upper()}{said[1:]} at {where(point)}; why is not known without the intensity profile."]
 
 
 def _elsewhere(report: Report) -> list[str]:
@@ -118,6 +133,7 @@ def _shaky(report: Report) -> list[str]:
     """Say when the timings that the sentences before quote are not to be trusted."""
     points = items(profile(report, "intensity"), "points")
     quoted = [point for phase in ("decode", "prefill") if (point := main_point(points, phase)) is not None]
+    quoted = quoted or items(profile(report, "latency"), "points")[:1]
     places = [(point.get("batch"), point.get("context")) for point in quoted]
     return [
         f"Shaky timing at {where(timed)}: {printable('; '.join(timed['warnings']))}."

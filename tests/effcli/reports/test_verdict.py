@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from effcli import formatting as fmt
 from effcli.reports.verdict import verdict
 
 from . import samples
@@ -43,6 +44,14 @@ def test_a_shaky_timing_says_so_beside_the_figure() -> None:
 
 def test_batches_count_in_the_rate() -> None:
     assert "80 tokens/s at batch 8" in verdict(with_decode(batch=8, time_seconds=0.1))[0]
+
+
+def test_times_alone_are_said_without_a_bound() -> None:
+    latency = samples.latency()
+    point = latency.points[0]
+    (first, *_) = verdict(replace(samples.full(), profiles={"latency": latency}).to_dict())
+    assert first.startswith(f"The first token takes {fmt.seconds(point.ttft_seconds.p50)}, each further one ")
+    assert first.endswith("why is not known without the intensity profile.")
 
 
 def test_overhead_bound_says_what_the_roofline_explains() -> None:
