@@ -241,8 +241,8 @@ def _checked_passes(file: JobsFile, recipe: Recipe, way: tuple[str, ...]) -> tup
     """
     from passes import registry
 
-    given = file.recipes[way[1]].file
-    inside = f"in '{given}': " if given else ""
+    read_from = file.recipes[way[1]].file
+    inside = f"in '{read_from}': " if read_from else ""
     steps = []
     for number, step in enumerate(recipe.passes):
         here: tuple[Any, ...] = (*way, "passes", number)
