@@ -165,7 +165,7 @@ class Event:
     stage : str or None
         Of ``progress``: what is being done, ``"pass: quantize"``.
     done : float or None
-        Share of that, 0 to 1.
+        Share of the whole job, 0 to 1; it never falls.
     memory_bytes, gpu_memory_bytes : int or None
         Held by the worker now.
     """
