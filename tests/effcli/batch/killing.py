@@ -42,6 +42,7 @@ class Killer:
     longest_seconds: float
     killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys((_DRIVER, _WORKER, _HELPER), 0))
     runs: int = 0
+    _staged: dict[str, set[str]] = field(default_factory=dict)
 
     def start(self) -> subprocess.Popen[str]:
         """Start the batch as a process."""
@@ -74,6 +75,7 @@ class Killer:
                 while self.kills < until:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         batch.wait(self.random.uniform(0.0, self.longest_seconds))
+                    self._check_staged()
                     if batch.returncode == 0:
                         return
                     if batch.returncode is not None or self._kill_one(batch.pid) == _DRIVER:
@@ -99,6 +101,17 @@ class Killer:
             batch.communicate()
             _, alive = psutil.wait_procs(started, timeout=20)
             assert not alive, f"outlive a driver that was killed: {[process.cmdline() for process in alive]}"
+
+    def _check_staged(self) -> None:
+        """Check that no pass that was once finished had to be done again."""
+        now: dict[str, set[str]] = {}
+        for path in self.output.glob(".*.effcli/state.json"):
+            with contextlib.suppress(FileNotFoundError):  # published meanwhile
+                now[path.parent.name[1:].removesuffix(".effcli")] = set(json.loads(path.read_text())["stages"])
+        for name, stages in self._staged.items():
+            lost = stages - now.get(name, set())
+            assert not lost or (self.output / name).is_dir(), f"{name} lost its finished {lost}"
+        self._staged = now
 
     def _kill_one(self, driver: int) -> str | None:
         """Kill the driver half of the time, else a worker, or what a worker has started."""
