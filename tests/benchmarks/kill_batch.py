@@ -8,6 +8,7 @@ the comparison; the last line is the result as JSON. It takes about twenty minut
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -28,11 +29,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=20.0, help="seconds between two kills at most")
+    parser.add_argument("--keep", type=Path, help="folder for the model and the outputs, to go on with what is there")
     given = parser.parse_args()
     names = {job.name for job in jobs("")}
-    with tempfile.TemporaryDirectory(prefix="kill-batch-") as folder:
-        here = Path(folder)
-        model = save_tiny("llama", here / "model")
+    with contextlib.ExitStack() as stack:
+        here = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kill-batch-")))
+        model = here / "model" if (here / "model").is_dir() else save_tiny("llama", here / "model")
         undisturbed = Killer(here / "undisturbed", model, random.Random(), 0.0)
         undisturbed.finish(tries=1)
         expected = results(here / "undisturbed")
