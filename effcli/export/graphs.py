@@ -16,6 +16,7 @@ import contextlib
 import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -251,7 +252,7 @@ def _lower(graph: torch.nn.Module, inputs: dict[str, Any], axes: dict[str, Any],
         try:
             program = OnnxExporter().export(graph, inputs, config=config)
         except Exception as error:  # noqa: BLE001 - torch raises dozens of types; whatever it is, this model stays torch
-            raise _explain(model, graph, inputs, config, error, trail) from error
+            raise _explain(model, graph, error, trail) from error
         lowered: onnx_ir.Model = program.model
         # Transposed weights stay ops (onnxruntime folds them when it loads): so they keep their name and one copy.
         optimizer.optimize_ir(lowered, should_fold=lambda node: False if node.op_type == "Transpose" else None)
@@ -376,47 +377,34 @@ def _trail(graph: torch.nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _explain(
-    model: Any, graph: torch.nn.Module, inputs: Any, config: Any, error: Exception, trail: list[str]
-) -> NotExportableError:
+def _explain(model: Any, graph: torch.nn.Module, error: Exception, trail: list[str]) -> NotExportableError:
     """Return an error that names the module whose op cannot be traced or translated."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    texts = "\n".join(str(item) for item in chain)
-    module = trail[-1] if trail else _module_of(graph, inputs, config, texts)
-    op = re.search(r"op='([\w.]+)'|No ONNX function found for <?([\w.:]+)", texts)
-    reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
-    what = (
-        f"the exporter has nothing for {op.group(1) or op.group(2)}" if op else f"{type(chain[-1]).__name__}: {reason}"
-    )
+    module = trail[-1] if trail else _module_of(chain)
+    op = re.search(r"op='([\w.]+)'", str(chain[-1]))
+    reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), "")
+    what = f"the exporter has nothing for {op.group(1)}" if op else f"{type(chain[-1]).__name__}: {reason}"
     where = ""
     if module:
-        name = module.removeprefix(PREFIX)
+        where = f" at module {module.removeprefix(PREFIX)}"
         with contextlib.suppress(AttributeError):
-            name = f"{name} ({type(graph.get_submodule(module)).__name__})"
-        where = f" at module {name}"
+            where += f" ({type(graph.get_submodule(module)).__name__})"
     return NotExportableError(f"{type(model).__name__} cannot be exported to ONNX{where}: {what[:300]}")
 
 
-def _module_of(graph: torch.nn.Module, inputs: Any, config: Any, text: str) -> str | None:
-    """Return the module that a node which could not be translated comes from: the trace is made again to look."""
-    import dataclasses
+def _module_of(chain: list[BaseException]) -> str | None:
+    """Return the module that a node comes from which could not be translated: torch's error only has the node."""
+    import torch
 
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-
-    found = re.search(r"%(\w+)", text)
-    if found is None:
-        return None
-    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(DynamoConfig)}
-    try:
-        program = DynamoExporter().export(graph, inputs, config=DynamoConfig(**plain))
-    except Exception:  # noqa: BLE001 - the first error is said; this is only to place it
-        return None
-    for node in program.graph.nodes:
-        if node.name == found.group(1) and node.meta.get("nn_module_stack"):
-            return str(list(node.meta["nn_module_stack"].values())[-1][0])
-    return None
+    found = None
+    for error in chain:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            node = frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node) and node.meta.get("nn_module_stack"):
+                found = str(list(node.meta["nn_module_stack"].values())[-1][0])
+    return found
 
 
 @contextlib.contextmanager
