@@ -208,7 +208,7 @@ def is_export(folder: Path) -> bool:
 
 def export_refused(spec: str, folder: Path) -> SourceError:
     """Return the error for a command that needs the torch model and was given its export."""
-    made_from = (read_json(folder / ONNX).get("source") or {}).get("source")
+    made_from = (read_json(folder / ONNX).get("source") or {}).get("spec")
     return SourceError(
         f"'{spec}' is an ONNX export, which 'effcli profile' and effcli.load run; "
         f"here, give the model that it was made from{f': {made_from}' if isinstance(made_from, str) else ''}"
