@@ -226,7 +226,8 @@ def _refuse(job: Job, staging: Staging, report: OptimizeReport, failed: Sequence
     what = "; ".join(f"gate '{gate.gate}' failed: {gate.explanation}" for gate in failed)
     raise GateFailedError(
         f"{what}. Nothing was published; report: '{page}' and '{data}'. The work is kept in '{staging.folder}': run "
-        "again with --resume and other gates to publish it"
+        "again with --resume and other gates to publish it",
+        what,
     )
 
 

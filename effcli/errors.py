@@ -45,9 +45,19 @@ class InterruptedRunError(EffcliError):
 
 
 class GateFailedError(EffcliError):
-    """The result was measured and a gate that was asked for does not hold; nothing was published."""
+    """The result was measured and a gate that was asked for does not hold; nothing was published.
+
+    Attributes
+    ----------
+    gates : str
+        What does not hold, without what to do about it.
+    """
 
     exit_code = EXIT_GATE_FAILED
+
+    def __init__(self, message: str, gates: str | None = None) -> None:
+        super().__init__(message)
+        self.gates = gates or message
 
 
 class GivenUpError(GateFailedError):

@@ -148,7 +148,8 @@ def _gate_failed(error: GateFailedError, target: Path) -> Outcome:
             target.with_name(name).unlink(missing_ok=True)
         return Outcome("gate-failed", _say(error)[0], exit_code=EXIT_GATE_FAILED, figures=error.figures)
     report = target.with_name(_failed_names(target)[0])
-    outcome = Outcome("gate-failed", _say(error)[0], exit_code=EXIT_GATE_FAILED)
+    _say(error)
+    outcome = Outcome("gate-failed", error.gates, exit_code=EXIT_GATE_FAILED)
     try:
         return _with_report(dataclasses.replace(outcome, figures=_figures(read_report(report))), report, target)
     except (OSError, BadInputError):  # it is the gate that counts

@@ -253,7 +253,8 @@ def _refuse(job: PipelineJob, staged: Staging, report: PipelineOptimizeReport, f
     what = "; ".join(f"gate '{gate.gate}' failed: {gate.explanation}" for gate in failed)
     raise GateFailedError(
         f"{what}. Nothing was published; report: '{page}' and '{data}'. The work is kept in '{staged.folder}': run "
-        "again with --resume and other gates to publish it"
+        "again with --resume and other gates to publish it",
+        what,
     )
 
 
