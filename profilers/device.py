@@ -55,6 +55,11 @@ def device_name(device: torch.device) -> str:
         return str(torch.cuda.get_device_name(device))
     if device.type != "cpu":
         return device.type
+    return processor_name()
+
+
+def processor_name() -> str:
+    """Return the CPU's own name; needs no torch."""
     if _CPUINFO.is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)
         if found:

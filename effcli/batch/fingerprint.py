@@ -19,7 +19,7 @@ from effcli import built_source, builtin_models, recipes, sources, staging
 from effcli.batch.jobs_file import path_parameters
 from effcli.batch.model import Job
 from effcli.checkpoint_files import CONFIG, PIPELINE, sha256_each
-from effcli.errors import BadInputError, SourceError
+from effcli.errors import SourceError
 from effcli.preflight import installed_versions, source_files
 from effcli.reports.model import plain
 from effcli.sources import Source
@@ -149,15 +149,18 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def local_device(name: str) -> dict[str, str]:
-    """Return type and name of a device of this machine; of one that is not here, its type as asked for."""
-    from effcli.devices import choose_device
-    from profilers.device import device_name
+    """Return type and name of a device of this machine, as the local engine uses it; needs torch only beside a GPU."""
+    from effcli.batch.machine import gpus
+    from profilers.device import processor_name
 
-    try:
-        device, _ = choose_device(name)
-    except BadInputError:
-        return {"type": name.partition(":")[0], "name": "not in this machine"}
-    return {"type": device.type, "name": device_name(device)}
+    kind, _, number = name.partition(":")
+    found = gpus() if kind in ("auto", "cuda") else ()
+    if kind == "cuda" or found:
+        names = [gpu.name for gpu in found if number in ("", str(gpu.index))]
+        return {"type": "cuda", "name": names[0] if names else "not in this machine"}
+    if kind in ("auto", "cpu"):
+        return {"type": "cpu", "name": processor_name()}
+    return {"type": kind, "name": kind}
 
 
 def local_revision(spec: str, revision: str | None = None) -> str | None:

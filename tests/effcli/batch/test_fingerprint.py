@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from effcli import dit_tiny
-from effcli.batch import fingerprint, matrix
+from effcli.batch import fingerprint, machine, matrix
 from effcli.batch.fingerprint import Fingerprints, difference
 from effcli.batch.model import Job
 from effcli.errors import SourceError
+from profilers.device import device_name
 
 from .jobs_files import read_text
 
@@ -115,6 +116,24 @@ def test_versions_and_device_count(files: Path, monkeypatch: pytest.MonkeyPatch)
     later = Fingerprints().of(job)
     fingerprint._versions.cache_clear()
     assert difference(here, later) == f"version of 'torch' was '{here['versions']['torch']}', is '99.0'"
+
+
+def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: ())
+    here = environment_device_name()
+    assert fingerprint.local_device("auto") == fingerprint.local_device("cpu") == {"type": "cpu", "name": here}
+    assert fingerprint.local_device("cuda:1") == {"type": "cuda", "name": "not in this machine"}
+    assert fingerprint.local_device("mps") == {"type": "mps", "name": "mps"}
+    two = (machine.Gpu(0, "0", "A100", 1, 1), machine.Gpu(1, "1", "H100", 1, 1))
+    monkeypatch.setattr(machine, "gpus", lambda: two)
+    names = {name: fingerprint.local_device(name)["name"] for name in ("auto", "cpu", "cuda", "cuda:1", "cuda:2")}
+    assert names == {"auto": "A100", "cpu": here, "cuda": "A100", "cuda:1": "H100", "cuda:2": "not in this machine"}
+
+
+def environment_device_name() -> str:
+    import torch
+
+    return device_name(torch.device("cpu"))
 
 
 def test_where_and_when_a_job_runs_does_not_count(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
