@@ -51,6 +51,7 @@ RESULT_FILE = "result.json"
 """What a ``call`` returned."""
 PAGE_FILE = "report.html"
 _PROFILE_SETTINGS = ("only", "context", "batch", "epsilon", "sequences", "text", "seed", "config_only")
+_EXPORT_SETTINGS = ("format", "task", "opset", "tolerance", "seed")
 _OPTIMIZE_SETTINGS = ("context", "batch", "kernels", "compile")
 
 
@@ -329,10 +330,14 @@ def _optimize(job: Job, target: Path, progress: Progress, models: ModelCache) ->
 
 
 def _export(job: Job, target: Path, progress: Progress, models: ModelCache) -> None:
-    export = importlib.import_module("effcli.export.exporting").export
+    from effcli.export.exporting import export
+
     models.clear()
     model = _model(job, target)
-    export(model, target, **_common(job, model), **job.settings, force=True, progress=progress)
+    settings = _known(job, _EXPORT_SETTINGS, "an export")
+    export(
+        model, target, **_common(job, model), **settings, allow_pickle=job.allow_pickle, force=True, progress=progress
+    )
 
 
 def _call(job: Job, target: Path, progress: Progress, models: ModelCache) -> None:

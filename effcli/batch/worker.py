@@ -193,10 +193,11 @@ def _flush() -> None:
         ctypes.CDLL(None).fflush(None)
 
 
-def _read(jobs: queue.SimpleQueue[str]) -> None:
+def _read(requests: int, jobs: queue.SimpleQueue[str]) -> None:
     """Take in jobs; when the engine is gone, end this process and all that it started."""
-    for line in sys.stdin:
-        jobs.put(line)
+    with os.fdopen(requests, encoding="utf-8") as lines:
+        for line in lines:
+            jobs.put(line)
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(EXIT_INTERRUPTED)
@@ -207,10 +208,12 @@ def main() -> int:
     import gc
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine stops this process
-    channel = _Channel(os.dup(1))
+    # Copies that what a job starts does not inherit: it neither takes a job nor keeps the engine waiting.
+    requests, channel = os.dup(0), _Channel(os.dup(1))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    threading.Thread(target=_read, args=(requests, jobs), daemon=True).start()
     for module in _PRELOADED:
         importlib.import_module(module)
     if threads := os.environ.get("OMP_NUM_THREADS"):

@@ -21,9 +21,9 @@ def speak() -> dict[str, int]:
     return {"process": os.getpid()}
 
 
-def variable(name: str) -> str | None:
+def variable(key: str) -> str | None:
     """Return a variable of the environment."""
-    return os.environ.get(name)
+    return os.environ.get(key)
 
 
 def die(how: int) -> None:
