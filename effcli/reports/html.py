@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effcli.formatting import printable
 from effcli.reports import charts
@@ -12,31 +13,23 @@ from effcli.reports.blocks import Chart, Code, Facts, HeatMap, Link, Picture, Re
 from effcli.reports.documents import document
 from effcli.reports.documents.base import Document
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 BOUNDS = ("memory", "compute", "overhead")
 SHEET_PIXELS = 800  # for all columns of pictures together
+_HERE = files("effcli.reports")
 CELL_PIXELS = (88, 208)  # least and most for one picture
 
 
 def to_html(report: Report) -> str:
     """Return the whole page."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    here = files("effcli.reports")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.tests["table"] = lambda block: isinstance(block, Table)
-    environment.tests["facts"] = lambda block: isinstance(block, Facts)
-    environment.tests["heat_map"] = lambda block: isinstance(block, HeatMap)
-    environment.tests["code"] = lambda block: isinstance(block, Code)
-    environment.tests["link"] = lambda cell: isinstance(cell, Link)
-    environment.tests["picture"] = lambda block: isinstance(block, Picture)
-    environment.filters["shown_pixels"] = shown_pixels
-    environment.filters["tone"] = tone
-    template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     shown = document(report)
     first, *others = (sentence.replace(" %", "\u00a0%") for sentence in shown.verdict)
-    page: str = template.render(
-        style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
+    page: str = _template().render(
+        style=Markup(_HERE.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
         command=shown.command,
         name=shown.name,
         subtitle=shown.subtitle,
@@ -53,6 +46,23 @@ def to_html(report: Report) -> str:
         raw=Markup(embedded_json(report)),  # noqa: S704 (escaped by embedded_json)
     )
     return page
+
+
+@functools.cache
+def _template() -> Template:
+    """Return the page's template; compiling it takes longer than filling it in, and a batch fills in hundreds."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.tests["facts"] = lambda block: isinstance(block, Facts)
+    environment.tests["heat_map"] = lambda block: isinstance(block, HeatMap)
+    environment.tests["code"] = lambda block: isinstance(block, Code)
+    environment.tests["link"] = lambda cell: isinstance(cell, Link)
+    environment.tests["picture"] = lambda block: isinstance(block, Picture)
+    environment.filters["shown_pixels"] = shown_pixels
+    environment.filters["tone"] = tone
+    return environment.from_string(_HERE.joinpath("page.html.jinja").read_text(encoding="utf-8"))
 
 
 def shown_pixels(picture: Picture) -> tuple[int, int]:
