@@ -8,21 +8,17 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from effcli.cli.options import QuietOption
 from effcli.cli.output import check_writable, warn
-from effcli.errors import EXIT_OK, BadInputError, EffcliError, did_you_mean
+from effcli.errors import EXIT_OK, BadInputError, did_you_mean
 
 if TYPE_CHECKING:
     from effcli.batch.engine import Engine, View
-    from effcli.batch.fingerprint import Fingerprints
-    from effcli.batch.jobs_file import JobsFile
     from effcli.batch.model import Job, JobState
-    from effcli.batch.search import Search
 
 MOST_ROWS = 60
 """Of the table at the end; a longer batch shows only what did not pass, and the page shows all."""
@@ -84,25 +80,21 @@ def command(
     from effcli.batch import jobs_file as files
     from effcli.batch.fingerprint import Fingerprints
     from effcli.batch.locking import state_folder
+    from effcli.batch.search import searches
 
     file = files.read(jobs_file, _variables(variables or ()))
     where = _absolute(output or file.output)
     on = _engine(engine, address, workers or file.workers)
-    bases = {name: matrix.search_job(file, name) for name in file.search}
-    jobs, chosen = _chosen(matrix.jobs(file), bases, only)
+    jobs, names = _chosen(matrix.jobs(file), {name: matrix.search_job(file, name) for name in file.search}, only)
     parallel = workers or file.workers or (len(on.workers()) if engine is EngineName.local else SEARCH_JOBS)
+    sources = [found for found in searches(file, where, parallel=parallel) if found.name in names]
     if dry_run:
-        hashes = Fingerprints()
-        with on, TemporaryDirectory() as scratch:
-            searches = [_search(file, bases[name], where, Path(scratch), parallel, hashes, dry=True) for name in chosen]
-            for line in driver.dry_run(jobs, where, on, fingerprints=hashes, sources=searches):
+        with on:
+            for line in driver.dry_run(jobs, where, on, fingerprints=Fingerprints(), sources=sources):
                 typer.echo(line)
         return
-    state = state_folder(where)
-    hashes = Fingerprints(state / "hashes.json")
-    searches = [_search(file, bases[name], where, state, parallel, hashes) for name in chosen]
-    view = _view(prometheus, quiet=quiet)
-    ran = driver.run(jobs, where, on, view=view, fingerprints=hashes, sources=searches)
+    hashes = Fingerprints(state_folder(where) / "hashes.json")
+    ran = driver.run(jobs, where, on, fingerprints=hashes, sources=sources, view=_view(prometheus, quiet=quiet))
     report = summary.batch_report(
         ran.states,
         command=shlex.join(["effcli", *sys.argv[1:]]),
@@ -112,7 +104,7 @@ def command(
         workers=ran.workers,
         seconds_spent=ran.seconds_spent,
         exit_code=ran.exit_code,
-        searches=[search.result() for search in searches],
+        searches=[source.result() for source in sources],
     )
     summary.write(report, where)
     if not quiet:
@@ -132,23 +124,6 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 def _absolute(output: str) -> str:
     return output if "://" in output else str(Path(output).absolute())
-
-
-def _search(
-    file: JobsFile, base: Job, output: str, state: Path, parallel: int, fingerprints: Fingerprints, *, dry: bool = False
-) -> Search:
-    """Return the search that ``base`` starts; where its model cannot be read, its jobs are what fails."""
-    from effcli.batch.search import Search
-
-    name = base.part
-    spec = file.search[name]
-    try:
-        fingerprint = fingerprints.of(base)
-    except EffcliError:
-        fingerprint = None
-    if dry:
-        spec = spec.model_copy(update={"storage": None})
-    return Search(name, spec, base, output, state=state, parallel=parallel, fingerprint=fingerprint)
 
 
 def _engine(name: EngineName, address: str | None, workers: int | None) -> Engine:
