@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FRAMES_PER_SECOND = 2  # what a person can follow; a frame costs a few milliseconds of the driver's time
 MOST_ROWS = 40
+LEAST_SHARE = 0.1  # of a job: what it has taken until then says little of the rest
 COUNT_LINES = 3  # below the rows, and the heading above them
 WORDS: dict[Stage, str] = {"gate-failed": "failed a gate"}
 STYLES: dict[Stage, str] = {
@@ -157,12 +158,13 @@ class Estimates:
         return None
 
     def seconds_left(self, state: JobState, now: float) -> float | None:
-        """Return how long a job still needs; 0 where it takes longer than those before it."""
+        """Return how long a job still needs: from jobs like it, else from its own progress; None where neither says."""
+        running = state.stage == "running" and state.started is not None
+        spent = now - state.started if running and state.started is not None else 0.0
         expected = self.expected_seconds(state.job)
-        if expected is None:
-            return None
-        spent = now - state.started if state.stage == "running" and state.started is not None else 0.0
-        return max(0.0, expected - spent)
+        if expected is None and running and state.done is not None and state.done >= LEAST_SHARE:
+            expected = spent / state.done
+        return None if expected is None else max(0.0, expected - spent)
 
     def batch_seconds_left(self, states: Sequence[JobState], now: float) -> float | None:
         """Return how long the rest takes if as many jobs run side by side as now, None until each kind was seen."""
@@ -242,10 +244,10 @@ class TableView:
             if stages[stage]
         )
         done = len(states) - sum(stages[stage] for stage in OPEN)
-        line = f"{done:,} of {_jobs(len(states))} done · {duration(now - self._started)} so far"
+        line = f"{done:,} of {_jobs(len(states))} done · {_clock(now - self._started)} so far"
         left = estimates.batch_seconds_left(states, now)
         if left is not None:
-            line += f" · about {duration(left)} left"
+            line += f" · about {_clock(left)} left"
         return Group(self._table(shown, estimates, now), Text(), counts, Text(line, no_wrap=True, overflow="ellipsis"))
 
     def _table(self, states: Sequence[JobState], estimates: Estimates, now: float) -> Table:
@@ -304,4 +306,4 @@ def _step(state: JobState) -> str:
 def _spent(state: JobState, now: float) -> float | None:
     if state.stage == "running":
         return now - state.started if state.started is not None else None
-    return state.outcome.seconds if state.outcome is not None and state.stage != "skipped" else None
+    return (state.outcome.seconds or None) if state.outcome is not None else None

@@ -54,8 +54,8 @@ def exposition(states: Sequence[JobState], now: float) -> str:
                 [(label, _seconds(state, now)) for label, state in by_job],
             ),
             _gauge(
-                "effcli_batch_job_step_ratio",
-                "Share of a running job's present step that is done.",
+                "effcli_batch_job_progress_ratio",
+                "Share of a running job that is done.",
                 [(label, state.done if state.stage == "running" else None) for label, state in by_job],
             ),
             _gauge(

@@ -47,7 +47,7 @@ def test_the_table_shows_every_job_and_what_the_running_one_does() -> None:
     ]
     assert next(line for line in lines if line.startswith("smol.w3")).split()[1:4] == ["failed", "a", "gate"]
     assert lines[-2].startswith("1 running · 1 failed · 1 failed a gate · 1 waiting · 1 passed")
-    assert lines[-1].startswith("5 of 7 jobs done · 0 s so far · about 12.0 s left")
+    assert lines[-1] == "5 of 7 jobs done · 00:00 so far · about 00:12 left"
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (200, 50)])
@@ -86,6 +86,9 @@ def test_time_left_comes_from_the_jobs_most_alike() -> None:
     assert estimates.seconds_left(jobs[5], NOW) == 0.0
     assert estimates.seconds_left(jobs[5], states.START + 100) == pytest.approx((84.2 + 80) / 2 - 10)
     assert estimates.batch_seconds_left(jobs, NOW) == pytest.approx(12.0)
+    alone = replace(jobs[5], job=replace(jobs[5].job, kind="export"), done=0.25)
+    assert estimates.seconds_left(alone, states.START + 110) == pytest.approx(60)  # 20 s for the first quarter
+    assert estimates.seconds_left(replace(alone, done=0.02), NOW) is None
     export = replace(jobs[4], stage="waiting", outcome=None)
     assert Estimates(jobs).batch_seconds_left([*jobs, export], NOW) is None
 

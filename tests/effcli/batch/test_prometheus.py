@@ -36,7 +36,7 @@ def test_prometheus_reads_every_figure() -> None:
     assert read["effcli_batch_job_memory_bytes", "big.w4"] == 2.1e9
     assert read["effcli_batch_job_memory_bytes", "smol.w4"] == 1.24e9
     assert read["effcli_batch_job_gpu_memory_bytes", "big.w4"] == 7.3e9
-    assert read["effcli_batch_job_step_ratio", "big.w4"] == 0.42
+    assert read["effcli_batch_job_progress_ratio", "big.w4"] == 0.42
     assert read["effcli_batch_updated_timestamp_seconds", ""] == NOW
     assert ("effcli_batch_job_seconds", "big.quick") not in read  # not known is no sample, not 0
 
