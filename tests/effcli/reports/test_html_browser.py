@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from effcli.reports.render import render
+from tests.effcli.batch import states
 
 from . import optimize_samples, pipeline_examples, samples
 
@@ -190,6 +191,14 @@ def test_pages_of_pipelines_fit_and_are_silent(name: str, width: int, tmp_path: 
         assert len(measured["heads"]) == 8 and len(measured["sides"]) == 5
         # Labels lie beside and above their pictures.
         assert all(abs(wide - 100) < 1 for wide, _ in measured["heads"])
+
+
+@pytest.mark.parametrize("build", [states.report, states.hostile])
+def test_pages_of_batches_fit_and_are_silent(build: Any, tmp_path: Path) -> None:
+    measured, seen = probe(saved(build(), tmp_path), tmp_path, 390)
+    assert measured["overflow"] == 0
+    assert len(measured["tables"]) == 3 and all(width > 0 for width, _ in measured["tables"])
+    assert seen.console == [] and seen.requests == []
 
 
 def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path) -> None:
