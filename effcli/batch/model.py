@@ -260,9 +260,9 @@ class SearchResult:
     best : str or None
         Name of the best job that keeps the gates; None where none does.
     front : tuple of str
-        Names of the jobs that no other beats in quality and in the target at once.
-    quality : str
-        Metric that the front is drawn over.
+        Names of the jobs that no other beats in quality and in cost at once.
+    quality, cost : str
+        Metrics that the front is drawn over.
     message : str
     """
 
@@ -275,6 +275,7 @@ class SearchResult:
     best: str | None
     front: tuple[str, ...]
     quality: str
+    cost: str
     message: str
 
 

@@ -215,6 +215,7 @@ class Search:
             best=None if best is None else best.job,
             front=tuple(result.job for result in self._front(passed)),
             quality=self.quality,
+            cost=self.cost,
             message=message,
         )
 

@@ -78,6 +78,7 @@ SEARCH = SearchResult(
     best="smol.w4",
     front=("smol.w4", "smol.w3"),
     quality="ppl",
+    cost="tpot",
     message="smol.w4 has tpot 12.3 ms",
 )
 
