@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from effcli import formatting as fmt
+from effcli import fronts
 from effcli.formatting import printable
 from effcli.gates import METRICS, PIPELINE_METRICS, Metric
-from effcli.reports.blocks import Block, Column, Facts, Link, Report, Section, Table, columns, items, texts
+from effcli.reports.blocks import Chart, Column, Facts, Link, Report, Section, Table, columns, items, texts
 from effcli.reports.changes import mapping, number
-from effcli.reports.documents.base import Document, Tile
+from effcli.reports.documents.base import Document, Figure, Tile
+from effcli.reports.front_chart import Mark, front_chart
 from effcli.reports.sections.generic import named
 
 STATUS = {"gate-failed": "failed a gate"}
@@ -29,6 +33,8 @@ HEADLINE = (
 WITH_PAGE = ("/report.json", ".failed.json")
 """Reports that have a page beside them."""
 ALL_FIGURES = "summary.csv"
+CHART_CAPTION = "Every trial that was measured; the line joins what no other beats among those that keep the gates."
+NO_CHART = "No chart: fewer than two trials have both figures."
 NOT_REACHED = "not reached"
 
 
@@ -39,7 +45,8 @@ def document(report: Report) -> Document:
     figures = _figure_table(jobs)
     if figures.rows:
         sections.append(Section("figures", "Figures", (), (figures,)))
-    sections += [_search(search, jobs) for search in items(report, "searches") if isinstance(search, dict)]
+    searches = [search for search in items(report, "searches") if isinstance(search, dict)]
+    sections += [_search(search, jobs) for search in searches]
     sections.append(_setup(report))
     return Document(
         command="effcli batch",
@@ -50,6 +57,9 @@ def document(report: Report) -> Document:
         tiles=_tiles(report),
         sections=tuple(sections),
         setup=("setup",),
+        figures={
+            _chart_name(search): Figure(partial(_chart, search, jobs), CHART_CAPTION, NO_CHART) for search in searches
+        },
     )
 
 
@@ -69,13 +79,13 @@ def job_table(jobs: list[Report], title: str = "") -> Table:
         )
         for job in jobs
     )
-    again = [
-        f"{named(job.get('name'))} took {fmt.integer(number(job['attempts']))} attempts."
+    again = ", ".join(
+        f"{named(job.get('name'))} ({fmt.integer(number(job['attempts']))})"
         for job in jobs
         if (number(job.get("attempts")) or 0) > 1
-    ]
+    )
     headings = (*columns("<job", "<status", "time", "peak memory"), Column("message", numeric=False, prose=True))
-    return Table(title, headings, rows, tuple(again))
+    return Table(title, headings, rows, (f"Tried more than once: {again}.",) if again else ())
 
 
 def _figure_table(jobs: list[Report]) -> Table:
@@ -140,8 +150,7 @@ def _asked(report: Report) -> list[Report]:
     return [
         job
         for job in _jobs(report)
-        if job.get("stage") == "failed"
-        or not (job.get("part") in searches and named(job.get("name")).startswith(f"{job.get('part')}."))
+        if job.get("stage") == "failed" or not any(_is_trial(job, search) for search in searches)
     ]
 
 
@@ -194,31 +203,51 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
 
 
 def _search(search: Report, jobs: list[Report]) -> Section:
-    target, quality = named(search.get("minimize")), named(search.get("quality"))
-    front = [name for name in items(search, "front") if isinstance(name, str)]
-    best = search.get("best")
-    by_name = {job.get("name"): job for job in jobs}
+    """Return what a search found, and how the trials on its front lie to each other."""
+    quality, cost, best = named(search.get("quality")), named(search.get("cost")), search.get("best")
+    front = items(search, "front")
     rows = tuple(
         (
             _name(job),
-            _figure(quality, mapping(job.get("figures"))),
-            _figure(target, mapping(job.get("figures"))),
-            "best that keeps the gates" if name == best else "",
+            *(_figure(metric, mapping(job.get("figures"))) for metric in (quality, cost)),
+            "best that keeps the gates" if job.get("name") == best else "",
         )
-        for name in front
-        if (job := by_name.get(name)) is not None
+        for job in jobs
+        if job.get("name") in front
     )
     facts = (
-        ("minimize", target),
+        ("target", named(search.get("minimize"))),
         ("subject to", ", ".join(texts(search, "subject_to")) or "nothing"),
         *((key, fmt.integer(number(search.get(key)))) for key in ("trials", "pruned", "failed")),
         ("best", named(best)),
     )
-    note = f"No other trial is better in {quality} and in {target} at once."
-    blocks: list[Block] = [Facts("", facts)]
-    if rows:
-        blocks.append(Table("Pareto front", columns("<job", quality, target, "<"), rows, (note,)))
-    return Section("search", f"Search {named(search.get('name'))}", (_found(search),), tuple(blocks))
+    note = f"Of all trials that keep the gates, no other is better in {quality} and in {cost} at once."
+    table = Table("Pareto front", columns("<job", quality, cost, "<"), rows, (note,) if rows else ())
+    blocks = (Facts("", facts), table, Chart(_chart_name(search)))
+    return Section("search", f"Search {named(search.get('name'))}", (_found(search),), blocks)
+
+
+def _chart_name(search: Report) -> str:
+    return f"front-{named(search.get('name'))}"
+
+
+def _chart(search: Report, jobs: list[Report]) -> str | None:
+    """Draw every trial that was measured, the front as a line; None where its metrics are not known."""
+    keys = [named(search.get(key)) for key in ("cost", "quality")]
+    cost, quality = (fronts.METRICS.get(key) for key in keys)
+    if cost is None or quality is None:
+        return None
+    marks = []
+    for job in jobs:
+        x, y = (number(mapping(job.get("figures")).get(key)) for key in keys)
+        if x is not None and y is not None and _is_trial(job, named(search.get("name"))):
+            standing = "front" if job.get("name") in items(search, "front") else ""
+            marks.append(Mark(named(job.get("name")), x, y, standing))
+    return front_chart(marks, cost, quality, _chart_name(search))
+
+
+def _is_trial(job: Report, search: str) -> bool:
+    return job.get("part") == search and named(job.get("name")).startswith(f"{search}.")
 
 
 def _setup(report: Report) -> Section:

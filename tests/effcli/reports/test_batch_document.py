@@ -34,6 +34,22 @@ def test_a_trial_counts_only_where_it_failed() -> None:
     assert document(data).verdict[0].startswith("Search smallest, 12 trials")
 
 
+def test_a_front_is_drawn_over_every_trial() -> None:
+    data = states.report().to_dict()
+    data["jobs"] = [
+        data["jobs"][0] | {"name": f"smallest.{number:03}", "part": "smallest", "figures": {"ppl": ppl, "tpot": tpot}}
+        for number, (ppl, tpot) in enumerate([(17.0, 0.020), (18.0, 0.012), (19.0, 0.015), (None, 0.01)], 1)
+    ]
+    data["searches"][0] |= {"front": ["smallest.001", "smallest.002"], "best": "smallest.002"}
+    page = page_of(render(data, "html"))
+    circles = [attributes["class"] for tag, attributes in page.tags if tag == "circle"]
+    assert circles == ["mark decode", "mark decode", "mark other faded"]
+    text = "".join(page.text)
+    assert "smallest.002: 18.00 at 12.0 ms" in text and text.count("best that keeps the gates") == 1
+    data["jobs"] = data["jobs"][:1]
+    assert "No chart: fewer than two trials have both figures." in render(data, "html")
+
+
 def test_many_names_are_cut_and_jobs_that_were_not_reached_are_named() -> None:
     waiting = states.batch()[-1]
     report = states.report([waiting] * 7).to_dict()
@@ -46,7 +62,7 @@ def test_every_rendering_holds_every_figure(format: str) -> None:
     text = " ".join(render(states.report().to_dict(), format).replace("\u00a0", " ").split())
     for figure in ("84.2 s", "1.24 GB", "17.25", "84.0 MB", "12.3 ms", "failed a gate", "best that keeps the gates"):
         assert figure in text
-    assert "smol.w4 took 2 attempts" in text
+    assert "Tried more than once: smol.w4 (2)." in text
 
 
 def test_markdown_and_html_link_reports_and_logs() -> None:
