@@ -170,8 +170,8 @@ class Spread(Protocol):
         Parameters
         ----------
         function : str
-            ``"module:name"``, importable where the workers run; called with the part's items as keyword arguments.
-            What it takes and returns is JSON-ready.
+            ``"module:name"``, importable where the workers run; called with the part's items as keyword arguments,
+            and with ``progress`` where it takes that. What it takes and returns is JSON-ready.
         parts : sequence of mapping
         progress : Progress, optional
 
@@ -203,6 +203,9 @@ class PassContext:
         Folder that the model was read from; None where that is no folder, or not known.
     spread : Spread or None
         Workers that may do independent parts, with the same result as without; None where there is one process.
+    opening : mapping or None
+        How a worker gets what the pass is applied to, as it is before: ``function`` (``"module:name"``) and its
+        JSON-ready keyword ``arguments``; None where it cannot.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -213,6 +216,7 @@ class PassContext:
     progress: Progress = field(default_factory=SilentProgress)
     source: Path | None = None
     spread: Spread | None = None
+    opening: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -230,6 +234,8 @@ class PipelineContext:
     progress : Progress
     spread : Spread or None
         As in :class:`PassContext`.
+    opening : mapping or None
+        As in :class:`PassContext`.
     """
 
     device: torch.device
@@ -237,6 +243,7 @@ class PipelineContext:
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
     spread: Spread | None = None
+    opening: Mapping[str, Any] | None = None
 
 
 @dataclass

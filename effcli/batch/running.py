@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -344,7 +345,9 @@ def _call(job: Job, target: Path, progress: Progress, models: ModelCache) -> Non
     models.clear()
     _check_target(job, target)
     module, _, name = job.settings["function"].partition(":")
-    value = getattr(importlib.import_module(module), name)(**job.settings["arguments"])
+    function = getattr(importlib.import_module(module), name)
+    shown = {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
+    value = function(**job.settings["arguments"], **shown)
     _publish(target, {RESULT_FILE: json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n"})
 
 
