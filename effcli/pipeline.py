@@ -16,7 +16,7 @@ import contextlib
 import gc
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from effcli.loading import LoadedModel
     from effcli.reports.pipeline_model import PipelineOptimizeReport
+    from passes.base import Spread
     from profilers.base import Progress
 
 GPU_SHARE_FOR_PASS = 0.5
@@ -70,6 +71,7 @@ def optimize(
     compile: bool = False,
     context: int | None = None,
     batch: int = 1,
+    workers: int = 1,
     progress: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
     command: str | None = None,
@@ -104,6 +106,8 @@ def optimize(
         Measure decode with ``torch.compile`` too.
     context, batch : int
         The point that is measured; default: 512 tokens, or the model's limit.
+    workers : int
+        Processes that do parts of a pass side by side, where it has independent parts; the result is the same.
     progress : Progress, optional
     on_warning : callable, optional
         Told each warning as soon as it is known; the report holds them all.
@@ -135,9 +139,11 @@ def optimize(
 
         if before is not None:
             raise BadInputError("a saved profile is of a language model, and a pipeline is given; leave --profile out")
-        return optimize_pipeline(
-            model, recipe, Path(output), options, dry_run=dry_run, progress=shown, on_warning=on_warning
-        )
+        with _spread(workers) as spread:
+            return optimize_pipeline(
+                model, recipe, Path(output), options, dry_run=dry_run, progress=shown, on_warning=on_warning,
+                spread=spread,
+            )  # fmt: skip
     times = Times()
     with contextlib.ExitStack() as stack:
         # Started first: it imports while this process checks.
@@ -159,6 +165,18 @@ def optimize(
                 f"interrupted; finished stages are kept in '{staging.folder}': run again with --resume to go on, or "
                 "with --force to start again"
             ) from None
+
+
+@contextlib.contextmanager
+def _spread(workers: int) -> Iterator[Spread | None]:
+    """Give the workers that parts of a pass may run in, None for one."""
+    if workers == 1:
+        yield None
+        return
+    from effcli.batch import spread
+
+    with spread.local(workers) as made:
+        yield made
 
 
 @dataclass

@@ -66,6 +66,9 @@ def command(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random; default 0.")] = None,
     context: Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens; default 512.")] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences.")] = 1,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that do parts of a pass side by side, where it has any.")
+    ] = 1,
     kernels: Annotated[
         Kernels, typer.Option("--kernels", help="Kernels the result is measured with: the fastest here, or plain.")
     ] = Kernels.auto,
@@ -110,6 +113,7 @@ def command(
             compile=compile_,
             context=context,
             batch=batch,
+            workers=workers,
             progress=progress,
             on_warning=None if quiet else lambda line: warn((line,)),
             command=shlex.join(["effcli", *sys.argv[1:]]),

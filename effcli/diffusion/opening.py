@@ -112,6 +112,11 @@ def is_pipeline(spec: str) -> bool:
     return _is_shipped(spec)
 
 
+def pipeline_of(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
+    """Return the pipeline of a local folder, for a worker that does a part of a pass."""
+    return open_pipeline(Path(folder), device=device, dtype=dtype, trust_remote_code=trust_remote_code).pipeline
+
+
 def open_pipeline(
     source: str | Path | Source,
     *,

@@ -49,6 +49,7 @@ from profilers.base import SilentProgress
 if TYPE_CHECKING:
     from effcli.diffusion.opening import OpenedPipeline
     from effcli.staging import Staging
+    from passes.base import Spread
     from profilers.base import Progress
 
 REPORT, PAGE = "report.json", "report.html"
@@ -64,6 +65,7 @@ def optimize_pipeline(
     dry_run: bool = False,
     progress: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
+    spread: Spread | None = None,
 ) -> PipelineOptimizeReport | DryRun:
     """Make a pipeline skip steps, and publish it with its report; see :func:`effcli.pipeline.optimize`."""
     shown, times = progress or SilentProgress(), Times()
@@ -74,7 +76,7 @@ def optimize_pipeline(
     staged_work = staging.open_staging(job.target, job.fingerprint(), resume=options.resume, force=options.force)
     with quiet_diffusers(shown), staged_work as staged:
         try:
-            return _run(job, staged, times, shown, on_warning)
+            return _run(job, staged, times, shown, on_warning, spread)
         except KeyboardInterrupt:
             if staged.is_empty():
                 raise InterruptedRunError("interrupted before anything was finished; nothing was written") from None
@@ -112,12 +114,13 @@ def _run(
     times: Times,
     progress: Progress,
     on_warning: Callable[[str], None] | None,
+    spread: Spread | None,
 ) -> PipelineOptimizeReport:
     last = f"pass-{len(job.chain)}"
     with progress.task(f"optimize {job.spec}", total=len(job.chain) + 2) as overall:
         records: list[PassRecord] = []
         for number in range(1, len(job.chain) + 1):
-            apply = partial(_pass, job, staged, number, tuple(records), times, progress)
+            apply = partial(_pass, job, staged, number, tuple(records), times, progress, spread)
             records.append(provenance.record_from(dict(_stage(staged, times, f"pass-{number}", apply)["record"])))
             overall.advance()
         after = _stage(staged, times, _AFTER, lambda _: verify(job, staged.path(last), times, progress))
@@ -156,6 +159,7 @@ def _pass(
     done: tuple[PassRecord, ...],
     times: Times,
     progress: Progress,
+    spread: Spread | None,
     folder: Path,
 ) -> dict[str, Any]:
     """Run one pass on the pipeline as the one before it left it on the disk."""
@@ -167,7 +171,20 @@ def _pass(
     with times.stage(f"pass: {item.name}", own=False):
         started = time.perf_counter()
         context = PipelineContext(
-            device=job.opened.device, work=staged.work(name), seed=job.recipe.seed, progress=progress
+            device=job.opened.device,
+            work=staged.work(name),
+            seed=job.recipe.seed,
+            progress=progress,
+            spread=spread,
+            opening={
+                "function": "effcli.diffusion.opening:pipeline_of",
+                "arguments": {
+                    "folder": str(previous.absolute()),
+                    "device": str(job.opened.device),
+                    "dtype": str(job.opened.dtype).removeprefix("torch."),
+                    "trust_remote_code": job.options.trust_remote_code,
+                },
+            },
         )
         record = item.apply_pipeline(pipeline, context)
         record = replace(record, seconds=time.perf_counter() - started)

@@ -141,6 +141,8 @@ class LemicaPass(PipelinePass):
             mode=given.mode,
             batch=given.batch,
             progress=context.progress,
+            spread=context.spread,
+            opening=context.opening,
         )
 
     def _schedules(self, graph: ErrorGraph) -> tuple[Schedule, ...]:

@@ -18,12 +18,12 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from passes.base import PassDoesNotFitError, PassError
+from passes.base import PassDoesNotFitError, PassError, Spread
 from passes.lemica.inputs import Output, Sample, takes_batches
 from passes.lemica.journal import Check, Journal
 from passes.lemica.memory import free, ran_out
@@ -59,6 +59,8 @@ def build(
     combine: Combine | None = None,
     batch: int | None = None,
     progress: Progress | None = None,
+    spread: Spread | None = None,
+    opening: Mapping[str, Any] | None = None,
 ) -> ErrorGraph:
     """Measure every edge up to a gap, by replay; goes on from what a killed build left in ``work``.
 
@@ -86,6 +88,8 @@ def build(
     batch : int, optional
         Rows of one replay at most; default :data:`ROWS`, fewer where memory is short. Halved when memory runs out.
     progress : Progress, optional
+    spread, opening : optional
+        As in :class:`passes.base.PipelineContext`. Without ``combine``, edges are measured side by side.
 
     Returns
     -------
@@ -116,7 +120,7 @@ def build(
     work.mkdir(parents=True, exist_ok=True)
     main_memory = memory_available_bytes(torch.device("cpu"))
     identity = _fingerprint(pipeline, samples, steps, arguments, distance, mode)
-    with _encoding_prompts_once(pipeline):
+    with encoding_prompts_once(pipeline):
         recording = record(
             pipeline,
             samples,
@@ -134,7 +138,7 @@ def build(
             raise PassError(f"{recording.steps} steps leave none to skip between full ones; give more")
         found_mode: Mode = "output" if recording.whole_output else "residual"
         journal = Journal(work / "journal.jsonl", {"recording": identity, "reuse": reuse})
-        builder = _Builder(
+        builder = Builder(
             pipeline,
             tuple(samples),
             recording,
@@ -147,6 +151,10 @@ def build(
             journal.add_check(check)
         builder.as_recorded = check.as_recorded
         edges = edges_of(recording.steps, max_gap)
+        if spread is not None and spread.workers > 1 and opening is not None and combine is None:
+            from passes.lemica import spreading
+
+            spreading.run(builder, edges, journal, spread, opening, progress)
         builder.run(edges, journal, progress)
     return ErrorGraph(
         steps=recording.steps,
@@ -165,8 +173,18 @@ def edges_of(steps: int, max_gap: int) -> list[tuple[int, int]]:
     return [(start, end) for end in range(2, steps) for start in range(max(0, end - max_gap), end - 1)]
 
 
-class _Builder:
-    """Replays in batches as large as memory allows."""
+class Builder:
+    """Replays in batches as large as memory allows.
+
+    Attributes
+    ----------
+    limit : int
+        Rows of a batch at most.
+    as_recorded : bool
+        Whether a batch has to be the recorded one.
+    asked : dict
+        What :func:`passes.lemica.replay.replay` is asked for, JSON-ready.
+    """
 
     def __init__(
         self,
@@ -183,7 +201,7 @@ class _Builder:
         self.limit = limit
         self.as_recorded = not takes_batches(pipeline)
         self._combine = combine
-        self._asked = asked
+        self.asked = asked
 
     def check(self) -> Check:
         """Replay what was recorded without losing anything, in a batch of another size, else in the recorded one.
@@ -207,22 +225,34 @@ class _Builder:
                     return Check(max(repeated, reused), self.as_recorded)
         raise PassError(self._why(repeated, reused, scale))
 
-    def run(self, edges: Sequence[tuple[int, int]], journal: Journal, progress: Progress) -> None:
-        """Measure the edges that a journal does not have."""
-        recording = self.recording
+    def left(self, edges: Sequence[tuple[int, int]], journal: Journal) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Return the rows (i, sample in the chunk) that a journal does not have, by chunk and j."""
         starts: dict[int, list[int]] = {}
         for start, end in edges:
             starts.setdefault(end, []).append(start)
-        left = {
+        return {
             (chunk, end): [
                 (start, sample - first)
                 for start in starts[end]
                 for sample in range(first, stop)
                 if sample not in journal.errors.get((start, end), {})
             ]
-            for chunk, (first, stop) in enumerate(recording.chunks)
+            for chunk, (first, stop) in enumerate(self.recording.chunks)
             for end in starts
         }
+
+    def run(
+        self,
+        edges: Sequence[tuple[int, int]],
+        journal: Journal,
+        progress: Progress,
+        *,
+        only: Collection[tuple[int, int]] | None = None,
+    ) -> None:
+        """Measure the edges that a journal does not have, or of these the ones of some chunks and steps j."""
+        recording = self.recording
+        found = self.left(edges, journal)
+        left = {key: rows for key, rows in found.items() if only is None or key in only}
         total = sum(len(rows) * (recording.steps - end) for (_, end), rows in left.items())
         with progress.task("error graph", total=total) as task:
             for (chunk, end), rows in left.items():
@@ -269,7 +299,7 @@ class _Builder:
                 task=task,
             )
             try:
-                errors = replay(self.pipeline, self.samples[first:stop], driver, **self._asked).tolist()
+                errors = replay(self.pipeline, self.samples[first:stop], driver, **self.asked).tolist()
                 break
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
@@ -360,7 +390,7 @@ def _beginning(tensor: Any) -> list[float]:
 
 
 @contextlib.contextmanager
-def _encoding_prompts_once(pipeline: Any) -> Iterator[None]:
+def encoding_prompts_once(pipeline: Any) -> Iterator[None]:
     """Let the pipeline's ``encode_prompt`` remember the last few lists of prompts: every replay asks for the same."""
     encode = getattr(pipeline, "encode_prompt", None)
     if encode is None:

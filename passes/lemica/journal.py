@@ -48,10 +48,13 @@ class Journal:
     check : Check or None
     errors : dict
         By edge, then sample.
+    path, header
+        As given.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self._path = path
+        self.path = path
+        self.header = dict(header)
         self.check: Check | None = None
         self.errors: dict[tuple[int, int], dict[int, float]] = {}
         lines = list(_whole_lines(path))
@@ -86,7 +89,7 @@ class Journal:
         self._append(lines)
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
