@@ -12,7 +12,6 @@ import torch
 from passes.lemica import spreading
 from passes.lemica.graph import build
 from passes.lemica.inputs import Sample
-from passes.lemica.journal import Journal
 from profilers.base import Progress, SilentProgress
 from tests.passes.lemica.tiny_pipelines import dit
 
