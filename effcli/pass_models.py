@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from effcli import provenance
 from effcli.errors import SourceError
@@ -30,3 +31,31 @@ def register(folder: Path) -> None:
             kind.register_model(folder)
         except PassError as error:
             raise SourceError(str(error)) from error
+
+
+def model_of(
+    source: dict[str, Any], device: str, dtype: str, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Any:
+    """Return the model that a pass is applied to, for a worker that does a part of it.
+
+    Parameters
+    ----------
+    source : dict
+        Fields of :class:`effcli.sources.Source`, JSON-ready.
+    device, dtype, allow_pickle, trust_remote_code
+        As in :func:`effcli.loading.load`.
+    """
+    from effcli import loading
+    from effcli.quiet import quiet_transformers
+    from effcli.sources import Source
+
+    described = Source(**{**source, "path": Path(source["path"]), "notes": tuple(source["notes"])})
+    with quiet_transformers():
+        return loading.load(
+            described,
+            device=device,
+            dtype=dtype,
+            kernels="plain",
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        ).model

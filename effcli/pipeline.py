@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from effcli.loading import LoadedModel
     from effcli.reports.pipeline_model import PipelineOptimizeReport
+    from effcli.sources import Source
     from passes.base import Spread
     from profilers.base import Progress
 
@@ -156,8 +157,9 @@ def optimize(
         if measurer is None:
             return dry_runs.dry_run(job, shown)
         staging = stack.enter_context(open_staging(job.target, fingerprint, resume=resume, force=force))
+        spread = stack.enter_context(_spread(workers))
         try:
-            return Run(job, staging, times, measurer, shown, before, on_warning).run()
+            return Run(job, staging, times, measurer, shown, before, on_warning, spread).run()
         except KeyboardInterrupt:
             if staging.is_empty():
                 raise InterruptedRunError("interrupted before anything was finished; nothing was written") from None
@@ -190,6 +192,7 @@ class Run:
     progress: Progress
     saved_profile: Mapping[str, Any] | None
     on_warning: Callable[[str], None] | None
+    spread: Spread | None = None
 
     def run(self) -> OptimizeReport:
         """Do what is not done yet, then publish."""
@@ -325,6 +328,8 @@ class Run:
                     seed=job.recipe.seed,
                     progress=self.progress,
                     source=previous or job.source.path,
+                    spread=self.spread,
+                    opening=self._opening(previous, before["dtype"]),
                 ),
             )
             record = replace(record, seconds=record.seconds or time.perf_counter() - started)
@@ -347,14 +352,22 @@ class Run:
     def _load(self, previous: Path | None, dtype: str) -> LoadedModel:
         """Load what a pass starts from: the source, or what the pass before it wrote."""
         from effcli import loading
+
+        return loading.load(
+            self._source(previous), device=self._pass_device(), dtype=dtype, kernels="plain", progress=self.progress,
+            **self.job.options.trust,
+        )  # fmt: skip
+
+    def _source(self, previous: Path | None) -> Source:
         from effcli.sources import Source
 
-        job = self.job
-        source = job.source if previous is None else Source(str(previous), "folder", previous)
-        return loading.load(
-            source, device=self._pass_device(), dtype=dtype, kernels="plain", progress=self.progress,
-            **job.options.trust,
-        )  # fmt: skip
+        return self.job.source if previous is None else Source(str(previous), "folder", previous)
+
+    def _opening(self, previous: Path | None, dtype: str) -> dict[str, Any]:
+        """Say how a worker loads what :meth:`_load` does."""
+        source = source_as_json(self._source(previous))
+        arguments = {"source": source, "device": self._pass_device(), "dtype": dtype, **self.job.options.trust}
+        return {"function": "effcli.pass_models:model_of", "arguments": arguments}
 
     def _pass_device(self) -> str:
         """Return where a pass gets its model: on the device if it fits with room for the work, else on the CPU."""

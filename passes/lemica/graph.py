@@ -113,6 +113,7 @@ def build(
         raise ValueError(f"reuse '{reuse}' and combine {combine!r}: 'last' needs none, the others need one")
     import torch
 
+    from passes.lemica import spreading
     from profilers.device import memory_available_bytes
 
     progress = progress or SilentProgress()
@@ -151,9 +152,8 @@ def build(
             journal.add_check(check)
         builder.as_recorded = check.as_recorded
         edges = edges_of(recording.steps, max_gap)
+        spreading.merge(journal)
         if spread is not None and spread.workers > 1 and opening is not None and combine is None:
-            from passes.lemica import spreading
-
             spreading.run(builder, edges, journal, spread, opening, progress)
         builder.run(edges, journal, progress)
     return ErrorGraph(

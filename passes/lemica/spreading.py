@@ -11,7 +11,6 @@ process.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from passes.lemica import graph
 from passes.lemica.inputs import Sample
 from passes.lemica.journal import Check, Journal
 from passes.lemica.recording import Recording
+from passes.opening import opened
 from profilers.base import Progress
 
 Edges = Sequence[tuple[int, int]]
@@ -38,7 +38,6 @@ def run(
 ) -> None:
     """Measure the edges that a journal does not have, in the workers of ``spread``."""
     work = journal.path.parent
-    _merge(journal)
     left = builder.left(edges, journal)
     costs = {key: len(rows) * (builder.recording.steps - key[1]) for key, rows in left.items() if rows}
     given = [
@@ -60,7 +59,7 @@ def run(
     ]
     if len(given) > 1:
         spread.map(_FUNCTION, given, progress)
-        _merge(journal)
+        merge(journal)
 
 
 def measure(
@@ -83,7 +82,7 @@ def measure(
 
     from profilers.device import memory_available_bytes
 
-    pipeline = resolve(opening["function"])(**opening["arguments"])
+    pipeline = opened(opening)
     main_memory = memory_available_bytes(torch.device("cpu"))
     recording = Recording(Path(work) / "recording", main_memory // (4 * parts))
     given = tuple(Sample(**sample) for sample in samples)
@@ -107,13 +106,7 @@ def shared(costs: Mapping[tuple[int, int], int], parts: int) -> list[list[tuple[
     return [[key for key in costs if owner[key] == part] for part in range(parts)]
 
 
-def resolve(name: str) -> Any:
-    """Return what ``"module:name"`` names."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def _merge(journal: Journal) -> None:
+def merge(journal: Journal) -> None:
     """Take over what parts have measured, of this run or of one that was killed."""
     for path in sorted(journal.path.parent.glob("part-*.jsonl")):
         found = Journal(path, journal.header)

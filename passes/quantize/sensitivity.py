@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from passes.quantize.parameters import QuantizeParameters
     from passes.quantize.targets import TargetLayer
+    from profilers.base import Progress
     from profilers.reference import Head
 
 WINDOWS = 8
@@ -152,6 +153,8 @@ def allocate(
         If the budget is below what the layers need, the calibration text is too short, or the model's head reads more
         than the final hidden states.
     """
+    from passes.quantize import spreading
+
     assert parameters.bits is not None
     members = _members(layers)
     layouts = {name: _layouts(group, parameters) for name, group in members.items()}
@@ -159,11 +162,14 @@ def allocate(
     started = time.perf_counter()
     ids = _windows(context)
     notes: list[str] = []
-    store = _Store(context.work / FILE, _identity(model, parameters, ids, layouts))
+    store = Store(context.work / FILE, _identity(model, parameters, ids, layouts))
+    spreading.merge(context.work, store)
     missing = [name for name in members if name not in store.found]
+    if missing and context.spread is not None:
+        notes += spreading.run(model, parameters, context, ids, missing, store)
+        missing = [name for name in missing if name not in store.found]
     if missing:
-        with _on_device(model, context.device, notes):
-            _measure(model, parameters, context, ids, {name: members[name] for name in missing}, layouts, store, notes)
+        measure_groups(model, parameters, context.device, ids, layers, missing, store, notes, context.progress)
     losses = {name: _losses(store.found[name], layouts[name]) for name in members}
     groups, solution = _solve(members, losses, parameters)
     table: list[GroupSensitivity] = []
@@ -280,11 +286,11 @@ def _identity(
     return digest.hexdigest()
 
 
-class _Store:
+class Store:
     """Measurements so far, in a JSON file that is replaced whole."""
 
     def __init__(self, path: Path, identity: str) -> None:
-        self._path, self._identity = path, identity
+        self._path, self.identity = path, identity
         self.found: dict[str, Any] = {}
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -298,7 +304,7 @@ class _Store:
         self.found[name] = {"kl": kl, "errors": list(errors)}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".part")
-        beside.write_text(json.dumps({"identity": self._identity, "groups": self.found}), encoding="utf-8")
+        beside.write_text(json.dumps({"identity": self.identity, "groups": self.found}), encoding="utf-8")
         os.replace(beside, self._path)
 
 
@@ -329,15 +335,42 @@ def _on_device(model: PreTrainedModel, device: torch.device, notes: list[str]) -
         model.to(home)
 
 
+def measure_groups(
+    model: PreTrainedModel,
+    parameters: QuantizeParameters,
+    device: torch.device,
+    ids: torch.Tensor,
+    layers: Sequence[TargetLayer],
+    names: Sequence[str],
+    store: Store,
+    notes: list[str],
+    progress: Progress,
+) -> None:
+    """Measure some groups of layers into a store; the model is left as it was.
+
+    Parameters
+    ----------
+    layers : sequence of TargetLayer
+        All that are to be quantized.
+    names : sequence of str
+        Of the groups.
+    notes : list of str
+        Takes what the reader should know.
+    model, parameters, device, ids, store, progress
+    """
+    members = _members(layers)
+    with _on_device(model, device, notes):
+        _measure(model, parameters, ids, {name: members[name] for name in names}, store, notes, progress)
+
+
 def _measure(
     model: PreTrainedModel,
     parameters: QuantizeParameters,
-    context: PassContext,
     ids: torch.Tensor,
     members: Mapping[str, Sequence[TargetLayer]],
-    layouts: Mapping[str, list[_Layout]],
-    store: _Store,
+    store: Store,
     notes: list[str],
+    progress: Progress,
 ) -> None:
     import torch
 
@@ -352,15 +385,16 @@ def _measure(
         if not replay.skipping:
             notes.append("every measurement ran the whole model: its blocks depend on more than the one before them")
         ordered = sorted(members.items(), key=lambda item: replay.first_block([layer.name for layer in item[1]]))
-        with context.progress.task("sensitivity", total=len(ordered)) as task:
+        with progress.task("sensitivity", total=len(ordered)) as task:
             for name, group in ordered:
                 modules = {layer.name: model.get_submodule(layer.name) for layer in group}
+                layouts = _layouts(group, parameters)
                 weights = replay.column_weights(modules)
                 errors = [
                     sum(_error(module, weights[key], parameters, layout) for key, module in modules.items())
-                    for layout in layouts[name]
+                    for layout in layouts
                 ]
-                with _rounded(modules.values(), parameters, layouts[name][0]):
+                with _rounded(modules.values(), parameters, layouts[0]):
                     kl = replay.divergence()
                 store.add(name, kl, errors)
                 task.advance()

@@ -36,12 +36,12 @@ class Here:
 
     def map(self, function: str, parts: Sequence[Mapping[str, Any]], progress: Progress | None = None) -> list[Any]:
         self.parts += parts
-        called = spreading.resolve(function)
+        assert function == "passes.lemica.spreading:measure"
         found = []
         for number, part in enumerate(parts):
             if number == self.fails:
                 raise KeyboardInterrupt
-            found.append(called(**part, progress=SilentProgress()))
+            found.append(spreading.measure(**part, progress=SilentProgress()))
         return found
 
 
