@@ -16,128 +16,104 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.errors import BadInputError
+from effcli.errors import EffcliError
+from effcli.export.graphs import NotExportableError
 from effcli.export.report import Agreement, Speed
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from onnxruntime import InferenceSession
     from transformers import PreTrainedModel
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
+    from effcli.export.session import Graph
+
 DECODE_STEPS = 16
 CHUNK = 4
 """Tokens that one call of the decode graph also gets at once."""
+PADDED_LENGTH = 64
 TIMED_CONTEXT = 256
 ROUNDS = 5
 STEPS_A_ROUND = 4
-_QUIET = 4
-"""onnxruntime's log level: only what ends the process."""
+COMPARED_POSITIONS = 64
+"""Positions whose distributions are in memory at a time."""
 
 
-def choose_provider(device: torch.device) -> tuple[str, str]:
-    """Return the provider that runs the check and is timed, and why."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(_QUIET)
-    if device.type != "cuda":
-        return CPU, "the model is on the CPU"
-    if CUDA in onnxruntime.get_available_providers():
-        return CUDA, "the model is on a GPU"
-    return CPU, "this onnxruntime has no CUDA provider: pip install onnxruntime-gpu"
-
-
-def provider_of(graph: InferenceSession) -> str:
-    """Return the provider that a graph really runs on: where CUDA's libraries are missing, it is the CPU's."""
-    return str(graph.get_providers()[0])
-
-
-def open_graph(path: Path, provider: str) -> InferenceSession:
-    """Open a written graph with as many threads as torch uses.
-
-    Raises
-    ------
-    BadInputError
-        If onnxruntime cannot load it.
-    """
+def choose_device(device: torch.device) -> tuple[torch.device, str]:
+    """Return where onnxruntime runs the check and is timed, and why."""
     import onnxruntime
     import torch
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = _QUIET
-    providers = [provider] if provider == CPU else [provider, CPU]
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # noqa: BLE001 - onnxruntime has a dozen types of its own, below Exception
-        raise BadInputError(
-            f"onnxruntime {onnxruntime.__version__} cannot load the graph '{path.name}' it was given: "
-            f"{' '.join(str(error).split())[:300]}; try another --opset or --dtype"
-        ) from None
+    if device.type != "cuda":
+        return torch.device("cpu"), f"the model is on {device}"
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return device, f"the model is on {device}"
+    return torch.device("cpu"), "this onnxruntime has no CUDA provider: pip install onnxruntime-gpu"
+
+
+def open_graph(path: Path, device: torch.device) -> Graph:
+    """Open a written graph with as many threads as torch uses."""
+    import torch
+
+    from effcli.export.session import Graph
+
+    return Graph(path, device, torch.get_num_threads())
 
 
 @contextlib.contextmanager
 def run_errors() -> Iterator[None]:
-    """Turn what onnxruntime raises about a written graph into one line.
+    """Turn what onnxruntime raises about a graph that it has opened into one line.
 
     Raises
     ------
-    BadInputError
+    NotExportableError
     """
     try:
         yield
+    except EffcliError:
+        raise
     except Exception as error:  # noqa: BLE001 - onnxruntime has a dozen types of its own, below Exception
-        raise BadInputError(
+        raise NotExportableError(
             f"onnxruntime cannot run the exported graph ({' '.join(str(error).split())[:300]}); nothing was published"
         ) from error
 
 
-class TextSessions:
-    """The two graphs of a language model as functions of numpy arrays and onnxruntime values."""
+Cache = dict[str, Any]
+"""Keys and values by the name of the input that takes them."""
 
-    def __init__(self, folder: Path, provider: str) -> None:
-        self.prefill_graph = open_graph(folder / "prefill.onnx", provider)
-        self.decode_graph = open_graph(folder / "decode.onnx", provider)
-        self._names = [output.name for output in self.prefill_graph.get_outputs()]
 
-    def prefill(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Any]]:
-        """Run tokens without a cache; return logits and the cache, as onnxruntime's own values."""
-        return self._run(self.prefill_graph, ids, mask, [])
+class TextGraphs:
+    """The two graphs of a language model as functions of tokens."""
 
-    def decode(self, ids: np.ndarray, mask: np.ndarray, cache: list[Any]) -> tuple[np.ndarray, list[Any]]:
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.prefill_graph = open_graph(folder / "prefill.onnx", device)
+        self.decode_graph = open_graph(folder / "decode.onnx", device)
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+        """Run tokens without a cache; return logits and the cache."""
+        return self._run(self.prefill_graph, ids, mask, {})
+
+    def decode(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Run tokens after what is in the cache; ``mask`` covers both."""
         return self._run(self.decode_graph, ids, mask, cache)
 
-    def _run(self, graph: Any, ids: Any, mask: Any, cache: list[Any]) -> tuple[np.ndarray, list[Any]]:
-        import onnxruntime
-
-        known = {item.name for item in graph.get_inputs()}
-        positions = (mask.cumsum(axis=1) - 1).clip(min=0)[:, -ids.shape[1] :]
-        arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        feed = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items() if name in known
-        }
-        pasts = [name.replace("present", "past_key_values", 1) for name in self._names[1:]]
-        feed |= dict(zip(pasts, cache, strict=False))
+    def _run(self, graph: Graph, ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with run_errors():
-            logits, *present = graph.run_with_ort_values(self._names, feed)
-        return logits.numpy(), present
+            found = graph.run({"input_ids": ids, "attention_mask": mask, "position_ids": positions} | cache)
+        logits = found.pop("logits")
+        return logits, {name.replace("present", "past_key_values", 1): value for name, value in found.items()}
 
 
-def check_text(model: PreTrainedModel, sessions: TextSessions, windows: torch.Tensor) -> tuple[Agreement, ...]:
+def check_text(model: PreTrainedModel, graphs: TextGraphs, windows: torch.Tensor) -> tuple[Agreement, ...]:
     """Compare logits over windows of text: prefilled, decoded with a cache, and in a batch padded on the left.
 
     Parameters
     ----------
     model : PreTrainedModel
-    sessions : TextSessions
+    graphs : TextGraphs
         Of the written files.
     windows : torch.Tensor
         Shape (n, context).
     """
-    import numpy as np
     import torch
 
     def reference(ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -152,49 +128,44 @@ def check_text(model: PreTrainedModel, sessions: TextSessions, windows: torch.Te
 
     prefill, decode, padded = _Sums("prefill"), _Sums("decode"), _Sums("padded batch")
     for window in windows.unsqueeze(1):
-        ids = window.numpy()
-        prefill.add(reference(window), sessions.prefill(ids, np.ones_like(ids))[0])
-    window = windows[:1]
-    expected, ids = reference(window), window.numpy()
-    length = ids.shape[1]
+        prefill.add(reference(window), graphs.prefill(window, torch.ones_like(window))[0])
+    ids = windows[:1]
+    ones, length, expected = torch.ones_like(ids), ids.shape[1], reference(ids)
     start = max(1, length - DECODE_STEPS - CHUNK)
-    _, cache = sessions.prefill(ids[:, :start], np.ones_like(ids[:, :start]))
+    _, cache = graphs.prefill(ids[:, :start], ones[:, :start])
     for first, last in _spans(start, length):
-        logits, cache = sessions.decode(ids[:, first:last], np.ones_like(ids[:, :last]), cache)
+        logits, cache = graphs.decode(ids[:, first:last], ones[:, :last], cache)
         decode.add(expected[:, first:last], logits)
     batch, mask = _left_padded(windows)
     keep = mask.bool()
     expected = reference(batch, mask)
     split = batch.shape[1] - 1
-    logits, cache = sessions.prefill(batch[:, :split].numpy(), mask[:, :split].numpy())
-    padded.add(expected[:, :split][keep[:, :split]], logits[keep[:, :split].numpy()])
-    logits, _ = sessions.decode(batch[:, split:].numpy(), mask.numpy(), cache)
+    logits, cache = graphs.prefill(batch[:, :split], mask[:, :split])
+    padded.add(expected[:, :split][keep[:, :split]], logits.cpu()[keep[:, :split]])
+    logits, _ = graphs.decode(batch[:, split:], mask, cache)
     padded.add(expected[:, split:], logits)
     return tuple(sums.result("logits", distribution=True) for sums in (prefill, decode, padded))
 
 
-def check_encoder(model: PreTrainedModel, graph: InferenceSession, windows: torch.Tensor) -> tuple[Agreement, ...]:
+def check_encoder(model: PreTrainedModel, graph: Graph, windows: torch.Tensor) -> tuple[Agreement, ...]:
     """Compare every output of an encoder over windows of text, and over a batch padded on the right."""
     import torch
 
     batch, mask = _left_padded(windows)
     turned = (batch.flip(1), mask.flip(1))
     runs = [(window, torch.ones_like(window)) for window in windows.unsqueeze(1)] + [turned]
-    names = [output.name for output in graph.get_outputs()]
-    known = {item.name for item in graph.get_inputs()}
-    sums = {name: _Sums("encode") for name in names}
+    sums = {name: _Sums("encode") for name in graph.outputs}
     for ids, kept in runs:
-        feed = {"input_ids": ids, "attention_mask": kept, "token_type_ids": torch.zeros_like(ids)}
-        feed = {name: value for name, value in feed.items() if name in known}
+        feed = _encoder_feed(graph, ids, kept)
         with torch.inference_mode():
             expected = model(**{name: value.to(model.device) for name, value in feed.items()}, return_dict=True)
         with run_errors():
-            found = graph.run(names, {name: value.numpy() for name, value in feed.items()})
-        for name, value in zip(names, found, strict=True):
+            found = graph.run(feed)
+        for name, value in found.items():
             wanted = expected[name].float().cpu()
             by_token = wanted.dim() > 2 and wanted.shape[:2] == kept.shape
             keep = kept.bool() if by_token else torch.ones(wanted.shape[0], dtype=torch.bool)
-            sums[name].add(wanted[keep], value[keep.numpy()])
+            sums[name].add(wanted[keep], value.cpu()[keep])
     return tuple(item.result(name, distribution=name == "logits") for name, item in sums.items())
 
 
@@ -211,7 +182,7 @@ def _left_padded(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two sequences of different lengths as one batch, the shorter filled up on its left."""
     import torch
 
-    length = min(windows.shape[1], 64)
+    length = min(windows.shape[1], PADDED_LENGTH)
     batch = windows[[0, -1], :length].clone()
     mask = torch.ones_like(batch)
     missing = length // 3
@@ -231,21 +202,20 @@ class _Sums:
         self.total = self.largest = self.kl = 0.0
         self.agreeing = 0
 
-    def add(self, expected: torch.Tensor, found: np.ndarray) -> None:
+    def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
         """Compare two outputs of shape (..., values)."""
-        import torch
         import torch.nn.functional as F
 
         theirs = expected.reshape(-1, expected.shape[-1])
-        ours = torch.from_numpy(found).float().reshape(theirs.shape)
+        ours = found.float().cpu().reshape(theirs.shape)
         difference = (ours - theirs).abs()
         worst = difference.max().item()
         self.largest = max(self.largest, worst) if worst == worst else float("inf")
         self.total += difference.double().sum().item()
         self.values += difference.numel()
         self.positions += theirs.shape[0]
-        for start in range(0, theirs.shape[0], 64):
-            a, b = theirs[start : start + 64].double(), ours[start : start + 64].double()
+        for start in range(0, theirs.shape[0], COMPARED_POSITIONS):
+            a, b = (side[start : start + COMPARED_POSITIONS].double() for side in (theirs, ours))
             self.kl += F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum").item()
             self.agreeing += int((a.argmax(-1) == b.argmax(-1)).sum())
 
@@ -268,43 +238,44 @@ def _forward_names(model: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(model.forward).parameters)
 
 
-def time_text(model: PreTrainedModel, sessions: TextSessions, window: torch.Tensor) -> Speed:
+def time_text(model: PreTrainedModel, graphs: TextGraphs, window: torch.Tensor) -> Speed:
     """Time prefill and decode of torch eager and onnxruntime in turns, so that both meet the same machine.
 
     Parameters
     ----------
     model : PreTrainedModel
-    sessions : TextSessions
+    graphs : TextGraphs
     window : torch.Tensor
         Shape (1, tokens): the prompt.
     """
-    import numpy as np
     import torch
     from transformers import DynamicCache
 
     from profilers.device import synchronize
 
-    ids = window.numpy()
-    on_device = window.to(model.device)
-    ones = np.ones((1, ids.shape[1] + 1 + ROUNDS * STEPS_A_ROUND), dtype=np.int64)
+    device = graphs.decode_graph.device
+    ids, here = window.to(device), window.to(model.device)
+    ones = torch.ones((1, ids.shape[1] + 1 + ROUNDS * STEPS_A_ROUND), dtype=torch.long, device=device)
     state: dict[str, Any] = {}
 
     def torch_prefill() -> None:
         state["torch"] = DynamicCache()
-        model(input_ids=on_device, past_key_values=state["torch"], use_cache=True)
+        model(input_ids=here, past_key_values=state["torch"], use_cache=True)
         synchronize(model.device)
 
     def torch_decode() -> None:
-        model(input_ids=on_device[:, :1], past_key_values=state["torch"], use_cache=True)
+        model(input_ids=here[:, :1], past_key_values=state["torch"], use_cache=True)
         synchronize(model.device)
 
     def onnx_prefill() -> None:
-        state["onnx"] = sessions.prefill(ids, ones[:, : ids.shape[1]])[1]
+        state["onnx"] = graphs.prefill(ids, ones[:, : ids.shape[1]])[1]
         state["length"] = ids.shape[1]
+        synchronize(device)
 
     def onnx_decode() -> None:
         state["length"] += 1
-        state["onnx"] = sessions.decode(ids[:, :1], ones[:, : state["length"]], state["onnx"])[1]
+        state["onnx"] = graphs.decode(ids[:, :1], ones[:, : state["length"]], state["onnx"])[1]
+        synchronize(device)
 
     with torch.inference_mode():
         ttft = _in_turns((torch_prefill, onnx_prefill), ROUNDS, 1)
@@ -313,30 +284,32 @@ def time_text(model: PreTrainedModel, sessions: TextSessions, window: torch.Tens
     return Speed(ids.shape[1], threads, ttft[0], ttft[1], tpot[0], tpot[1], ROUNDS)
 
 
-def time_encoder(model: PreTrainedModel, graph: InferenceSession, window: torch.Tensor) -> Speed:
+def time_encoder(model: PreTrainedModel, graph: Graph, window: torch.Tensor) -> Speed:
     """Time one forward of torch eager and onnxruntime in turns."""
     import torch
 
     from profilers.device import synchronize
 
-    known = {item.name for item in graph.get_inputs()}
-    every = {
-        "input_ids": window,
-        "attention_mask": torch.ones_like(window),
-        "token_type_ids": torch.zeros_like(window),
-    }
-    feed = {name: value for name, value in every.items() if name in known}
+    feed = _encoder_feed(graph, window, torch.ones_like(window))
     on_device = {name: value.to(model.device) for name, value in feed.items()}
-    arrays = {name: value.numpy() for name, value in feed.items()}
+    there = {name: value.to(graph.device) for name, value in feed.items()}
 
     def torch_forward() -> None:
         model(**on_device)
         synchronize(model.device)
 
     with torch.inference_mode():
-        found = _in_turns((torch_forward, lambda: graph.run(None, arrays)), ROUNDS, 1)
+        found = _in_turns((torch_forward, lambda: graph.run(there)), ROUNDS, 1)
     threads = torch.get_num_threads() if model.device.type == "cpu" else None
     return Speed(window.shape[1], threads, found[0], found[1], None, None, ROUNDS)
+
+
+def _encoder_feed(graph: Graph, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs that an encoder's graph has."""
+    import torch
+
+    feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {name: value for name, value in feed.items() if name in graph.inputs}
 
 
 def _in_turns(functions: tuple[Callable[[], Any], ...], rounds: int, repeats: int) -> tuple[float, ...]:

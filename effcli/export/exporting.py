@@ -231,10 +231,8 @@ class _Job:
             made, layers, size = self._graphs(loaded, task, opset, quantized, out, notes)
             overall.advance()
             self._companions(loaded, out)
-            provider, provider_reason = checking.choose_provider(loaded.device)
-            text, agreement, speed, used = self._check(loaded, task, out, provider, notes)
-            if used != provider:
-                provider, provider_reason = used, f"onnxruntime could not start its {provider}"
+            device, provider_reason = checking.choose_device(loaded.device)
+            text, agreement, speed, provider = self._check(loaded, task, out, device, notes)
             overall.advance()
         worst = max(agreement, key=lambda item: item.max_absolute_error)
         largest = worst.max_absolute_error
@@ -426,7 +424,7 @@ class _Job:
             generation.save_pretrained(out)
 
     def _check(
-        self, loaded: LoadedModel, task: str, out: Path, provider: str, notes: list[str]
+        self, loaded: LoadedModel, task: str, out: Path, device: torch.device, notes: list[str]
     ) -> tuple[str, tuple[Agreement, ...], Speed, str]:
         """Run what was written; return the text's name, how far it is from torch, times, and what ran it."""
         from effcli.evaluation import evaluation_windows
@@ -444,16 +442,16 @@ class _Job:
         windows = text.windows[: CHECK_TOKENS // length or 1]
         with quiet_transformers(), self.progress.task("check against torch", total=None):
             if task == tasks.TEXT_GENERATION:
-                sessions = checking.TextSessions(out, provider)
-                agreement = checking.check_text(loaded.model, sessions, windows)
+                written = checking.TextGraphs(out, device)
+                agreement = checking.check_text(loaded.model, written, windows)
                 room = max(1, min(checking.TIMED_CONTEXT, limit - 32))
-                speed = checking.time_text(loaded.model, sessions, windows[:1, :room])
-                used = checking.provider_of(sessions.decode_graph)
+                speed = checking.time_text(loaded.model, written, windows[:1, :room])
+                used = written.decode_graph.provider
             else:
-                graph = checking.open_graph(out / "model.onnx", provider)
+                graph = checking.open_graph(out / "model.onnx", device)
                 agreement = checking.check_encoder(loaded.model, graph, windows)
                 speed = checking.time_encoder(loaded.model, graph, windows[:1])
-                used = checking.provider_of(graph)
+                used = graph.provider
         return text.name, agreement, speed, used
 
     def _finish(self, out: Path, report: ExportReport) -> None:

@@ -315,11 +315,8 @@ def _four_bit(values: np.ndarray) -> Any:
     return values.astype(ml_dtypes.int4)
 
 
-def _as(array: np.ndarray, dtype: onnx_ir.DataType) -> np.ndarray:
-    import numpy as np
-
-    found: np.ndarray = np.asarray(array, dtype=dtype.numpy())
-    return found
+def _as(array: np.ndarray, dtype: onnx_ir.DataType) -> Any:
+    return array.astype(dtype.numpy())
 
 
 def _products(value: onnx_ir.Value) -> dict[Any, list[Any]]:
