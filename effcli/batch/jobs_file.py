@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import PrivateAttr, TypeAdapter, ValidationError
 
 from effcli import recipes
 from effcli.batch.complaints import first_error
 from effcli.batch.entries import VERSION, Entries, RecipeEntry
+from effcli.batch.search_space import SearchSpec
 from effcli.batch.yaml_places import Document
 from effcli.batch.yaml_places import read as read_yaml
 from effcli.errors import BadInputError, EffcliError, did_you_mean
@@ -112,9 +113,7 @@ def read(path: Path, variables: Mapping[str, str]) -> JobsFile:
                 ("environment", number), f"environment variable '{name}' is not set{near}; set it, or leave it out"
             )
         file._variables[name] = os.environ[name]
-    for name in file.search:
-        _check_search(file, name)
-    return file
+    return file.model_copy(update={"search": {name: _checked_search(file, name) for name in file.search}})
 
 
 def _check_version(document: Document) -> None:
@@ -145,24 +144,34 @@ def _check_profiles(file: JobsFile) -> None:
             existing_file(file, entry.text, ("profiles", name, "text"))
 
 
-def _check_search(file: JobsFile, name: str) -> None:
-    """Refuse a model, pass or parameter that is not known; what values do together shows when they are tried."""
+def _checked_search(file: JobsFile, name: str) -> SearchSpec:
+    """Refuse a model, pass or parameter that is not known; what values do together shows when they are tried.
+
+    Files become absolute, as in a recipe.
+    """
     from passes import registry
 
     way, search = ("search", name), file.search[name]
     file.check_name(search.model, file.models, "model", (*way, "model"))
+    steps = []
     for number, step in enumerate(search.passes):
         here = (*way, "passes", number)
         try:
             known = registry.load(step.name).parameters_type.model_fields
         except PassError as error:
             raise file.error(here, str(error)) from None
+        paths = {}
         for key, value in step.parameters.items():
             there = (*here, "parameters", key)
             file.check_name(key, known, f"parameter of {step.name}", there)
-            if isinstance(value, Mapping) and not _takes(known[key].annotation, value):
+            kind = known[key].annotation
+            if isinstance(value, Mapping) and not _takes(kind, value):
                 near = did_you_mean(next(iter(value), ""), ("choose", "from"))
                 raise file.error(there, f"is no choice{near}; write {{choose: [A, B]}} or {{from: A, to: B}}")
+            if isinstance(value, str) and Path in (kind, *get_args(kind)):
+                paths[key] = str(existing_file(file, value, there))
+        steps.append(step.model_copy(update={"parameters": step.parameters | paths}))
+    return search.model_copy(update={"passes": tuple(steps), **_texts(file, search, way)})
 
 
 def _takes(kind: Any, value: Any) -> bool:
@@ -199,16 +208,7 @@ def _recipe(file: JobsFile, name: str, entry: RecipeEntry) -> Recipe:
         except ValidationError as error:
             raise first_error(file._document, Recipe, error, way) from None
     changes: dict[str, Any] = {"passes": _checked_passes(file, recipe, way)}
-    changes |= {
-        "calibration": recipe.calibration.model_copy(
-            update=_absolute(file, {"text": recipe.calibration.text}, (*way, "calibration"))
-        ),
-        "evaluation": recipe.evaluation.model_copy(
-            update=_absolute(
-                file, {"text": recipe.evaluation.text, "tasks": recipe.evaluation.tasks}, (*way, "evaluation")
-            )
-        ),
-    }
+    changes |= _texts(file, recipe, way)
     return recipe.model_copy(update={**changes, "gates": unique((*recipe.gates, *entry.gates))})
 
 
@@ -280,8 +280,14 @@ def _wrong_parameter(kind: Any, parameters: Mapping[str, Any]) -> tuple[Any, ...
     return ()
 
 
-def _absolute(file: JobsFile, paths: Mapping[str, Path | None], way: tuple[str, ...]) -> dict[str, Path]:
-    return {key: existing_file(file, path, (*way, key)) for key, path in paths.items() if path is not None}
+def _texts(file: JobsFile, holder: Recipe | SearchSpec, way: tuple[str, ...]) -> dict[str, Any]:
+    """Return a recipe's or search's calibration and evaluation with absolute paths."""
+    found: dict[str, Any] = {}
+    for part in ("calibration", "evaluation"):
+        settings = getattr(holder, part)
+        paths = {key: existing_file(file, path, (*way, part, key)) for key, path in settings if isinstance(path, Path)}
+        found[part] = settings.model_copy(update=paths)
+    return found
 
 
 def unique(values: Iterable[str]) -> tuple[str, ...]:

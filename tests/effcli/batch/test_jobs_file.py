@@ -307,6 +307,16 @@ BAD: list[tuple[str, tuple[int, int], str]] = [
         (6, 10),
         "job 'm.q' is called as a trial of search 'm.q' is; rename one",
     ),
+    (
+        BASE + "search: {s: {model: m, passes: [quantize], minimize: tpot, calibration: {text: no.txt}}}\n",
+        (6, 80),
+        "no file 'no.txt'",
+    ),
+    (
+        BASE + "search: {s: {model: m, passes: [{lemica: {prompts: no.txt}}], minimize: tpot}}\n",
+        (6, 52),
+        "no file 'no.txt'",
+    ),
     (BASE + "layout: ${NOPE}\n", (6, 9), "${NOPE} has no value; give it with --set NOPE=VALUE"),
     (BASE + "workers: ${N\n", (6, 10), "'${' is not ${NAME} or ${NAME:-default}"),
 ]
@@ -373,8 +383,14 @@ output: runs
 models: {a: model, b: ./missing, c: org/name}
 recipes: {w: w.yaml}
 profiles: {p: {text: eval.txt}}
+search:
+  s: {model: a, passes: [{lemica: {prompts: eval.txt}}], minimize: tpot, evaluation: {text: eval.txt}}
 """
-    made = {job.name: job for job in matrix.jobs(read_text(files, text))}
+    file = read_text(files, text)
+    assert file.search["s"].evaluation.text == here / "eval.txt"
+    assert file.search["s"].passes[0].parameters == {"prompts": str(here / "eval.txt")}
+    assert file.path == files / "jobs.yaml"
+    made = {job.name: job for job in matrix.jobs(file)}
     assert made["a.w"].model == str(here / "model")
     assert (made["b.w"].model, made["c.w"].model) == ("./missing", "org/name")
     assert made["a.w"].settings["recipe"]["evaluation"]["text"] == str(here / "eval.txt")
