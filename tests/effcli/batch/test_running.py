@@ -28,7 +28,7 @@ from profilers.base import DoesNotFitError, ProfilerError, SilentProgress
 
 RECIPE = {
     "version": 1,
-    "passes": [{"quantize": {"scheme": "w8a16", "method": "rtn", "kernels": "none"}}],
+    "passes": [{"quantize": {"scheme": "w8a16", "method": "rtn"}}],
     "evaluation": {"tokens": 256, "context": 64},
 }
 
