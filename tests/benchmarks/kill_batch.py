@@ -1,7 +1,7 @@
 """Kill a batch of twenty jobs again and again with signal 9, and compare what it makes with an undisturbed run.
 
 ``python -m tests.benchmarks.kill_batch --kills 50 --rounds 2``: in every round a new output, kills at random moments
-(the driver half of the time, else a worker or what a worker has started), then the same command until it ends, then
+(the driver every other time, else a worker or what a worker has started), then the same command until it ends, then
 the comparison; the last line is the result as JSON. It takes about twenty minutes.
 """
 
@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.conftest import save_tiny
-from tests.effcli.batch.killable import jobs
+from tests.effcli.batch.killable import JOBS, calls, jobs
 from tests.effcli.batch.killing import Killer, check, results
 
 
@@ -29,12 +29,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=20.0, help="seconds between two kills at most")
+    parser.add_argument("--calls", action="store_true", help="only calls of a function: no model, much faster")
     parser.add_argument("--keep", type=Path, help="folder for the model and the outputs, to go on with what is there")
     given = parser.parse_args()
-    names = {job.name for job in jobs("")}
+    names = {job.name for job in (calls(JOBS) if given.calls else jobs(""))}
     with contextlib.ExitStack() as stack:
         here = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kill-batch-")))
-        model = here / "model" if (here / "model").is_dir() else save_tiny("llama", here / "model")
+        model = None if given.calls else here / "model"
+        if model is not None and not model.is_dir():
+            save_tiny("llama", model)
         undisturbed = Killer(here / "undisturbed", model, random.Random(), 0.0)
         undisturbed.finish(tries=1)
         expected = results(here / "undisturbed")

@@ -12,9 +12,8 @@ import sys
 import time
 from typing import Any
 
-from effcli.batch import driver
+from effcli.batch import driver, local
 from effcli.batch.fingerprint import Fingerprints
-from effcli.batch.local import LocalEngine
 from effcli.batch.model import Job, Limits
 from effcli.errors import EffcliError
 
@@ -73,11 +72,22 @@ def _rtn(scheme: str) -> dict[str, Any]:
     return {"recipe": {"version": 1, "passes": [step], "evaluation": {"tokens": 256, "context": 64}}, "context": 32}
 
 
+LIGHT = """import os, sys
+from effcli.batch import worker
+worker._PRELOADED = ()
+del os.environ["OMP_NUM_THREADS"]
+sys.exit(worker.main())
+"""
+"""A worker that imports neither torch nor transformers before a job needs them: calls of a function do not."""
+
+
 def main() -> int:
     """Run the batch; say on the last line how it ended."""
     output, *model = sys.argv[1:]
     prints = Fingerprints(device_class=lambda name: {"type": "cpu"})  # without torch, so that it starts at once
-    engine = LocalEngine(workers=2 if model else 1, threads=1)
+    if not model:
+        local.WORKER = (sys.executable, "-P", "-c", LIGHT)
+    engine = local.LocalEngine(workers=2 if model else 1, threads=1)
     try:
         run = driver.run(jobs(*model) if model else calls(JOBS), output, engine, fingerprints=prints)
     except EffcliError as error:

@@ -114,12 +114,12 @@ class Killer:
         self._staged = now
 
     def _kill_one(self, driver: int) -> str | None:
-        """Kill the driver half of the time, else a worker, or what a worker has started."""
-        below = descendants(driver)
-        process = psutil.Process(driver)
+        """Kill a worker, or what one has started, and every other time the driver."""
+        below, process, what = descendants(driver), psutil.Process(driver), _DRIVER
         with contextlib.suppress(psutil.NoSuchProcess):
-            what = _DRIVER
-            if below and self.random.random() < 0.5:
+            if self.kills % 2 == 0:
+                if not below:
+                    return None
                 process = self.random.choice(below)
                 what = _WORKER if process.ppid() == driver else _HELPER
             process.kill()
