@@ -91,11 +91,9 @@ class Keeper:
         record = self._records.pop(job.name, None)
         if record is None:
             return Verdict(fingerprint, None, "new")
-        last = record.last
-        if last.event == "started" and last.fingerprint and not self._difference(last.fingerprint, fingerprint):
-            outcome = self.published(job, last.time)
-            if outcome is not None:
-                return Verdict(fingerprint, outcome, unnoted=True)
+        outcome = self._finished_unnoted(job, record.last, fingerprint)
+        if outcome is not None:
+            return Verdict(fingerprint, outcome, unnoted=True)
         if record.passed is None:
             return Verdict(fingerprint, None, _tried(record))
         return self._judge_passed(record.passed, fingerprint)
@@ -105,6 +103,13 @@ class Keeper:
         from effcli.batch.running import published
 
         return None if is_url(self._output) else published(job, self._output, since)
+
+    def _finished_unnoted(self, job: Job, last: Entry, fingerprint: dict[str, Any]) -> Outcome | None:
+        """Return the outcome of this very work where the driver was killed before it could note it."""
+        begun = last.fingerprint if last.event == "started" else None
+        if begun is None or begun.get("gates") != fingerprint["gates"] or self._difference(begun, fingerprint):
+            return None
+        return self.published(job, last.time)
 
     def _judge_passed(self, passed: Entry, fingerprint: dict[str, Any]) -> Verdict:
         outcome, recorded = passed.outcome, passed.fingerprint or {}

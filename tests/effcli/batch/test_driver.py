@@ -278,6 +278,18 @@ def test_an_output_that_was_published_just_before_the_driver_was_killed_counts(t
     assert (engine.ran, _stages(run)) == ([], {"a": "kept"})
 
 
+def test_an_output_that_was_published_under_other_gates_does_not_count(tmp_path: Path) -> None:
+    def killed(*_: object) -> None:
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeEngine, "events", killed)
+        with pytest.raises(MemoryError):
+            _run(tmp_path, [_gated("ppl<=+5%")], FakeEngine(report=lambda item: _report(10.2)))
+    _, engine = _run(tmp_path, [_gated("ppl<=+1%")], FakeEngine(report=lambda item: _report(10.2)))
+    assert engine.ran == ["a"]
+
+
 def test_what_is_there_from_before_does_not_count_as_published(tmp_path: Path) -> None:
     _run(tmp_path, [job("a")])
     run, engine = _run(tmp_path, [job("a", x=1, limits=Limits(retries=0))], FakeEngine({"a": [LOST]}))
