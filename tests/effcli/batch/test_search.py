@@ -263,3 +263,40 @@ def test_a_missing_optuna_says_what_to_install(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(BadInputError, match=r"pip install 'effcli\[search\]'"):
         Search("s", spec(), BASE, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_search_over_schemes_of_a_real_model(tmp_path: Path, tiny_folder: Path) -> None:
+    """8 bits keep the gate and 4 bits clearly do not: one is published, the other ends at its first look."""
+    from effcli.batch import driver
+    from effcli.batch.fingerprint import Fingerprints
+    from effcli.batch.jobs_file import read
+    from effcli.batch.local import LocalEngine
+    from effcli.batch.search import searches
+
+    (tmp_path / "jobs.yaml").write_text(f"""
+version: 1
+output: runs
+models: {{tiny: {tiny_folder}}}
+search:
+  small:
+    model: tiny
+    passes: [{{quantize: {{scheme: {{choose: [w4a16, w8a16]}}, group_size: 16, method: rtn}}}}]
+    minimize: size
+    subject_to: ["kl<=0.000001"]
+    sampler: grid
+    prune_tokens: 128
+    evaluation: {{tokens: 512, context: 64}}
+    context: 32
+""")
+    output = str(tmp_path / "runs")
+    for expected in (["gate-failed", "passed"], ["kept"]):
+        (search,) = searches(read(tmp_path / "jobs.yaml", {}), output)
+        ran = driver.run([], output, LocalEngine(1, threads=1), fingerprints=Fingerprints(), sources=[search])
+        assert [state.stage for state in ran.states] == expected
+        assert ran.exit_code == 0
+        result = search.result()
+        assert (result.trials, result.pruned, result.best, result.front) == (2, 1, "small.002", ("small.002",))
+    given_up = search._jobs()["small.001"].user_attrs["end"]
+    assert "gate 'kl<=0.000001' will not hold" in given_up["message"]
+    assert sorted(path.name for path in Path(output).iterdir() if path.name != ".effcli-batch") == ["small.002"]
