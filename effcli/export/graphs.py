@@ -148,7 +148,7 @@ def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
                 input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True
             )
     except (AttributeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
-        raise _own_cache(model, str(error).splitlines()[0]) from None
+        raise _own_cache(model, "it does not run on a plain key-value cache") from error
     shapes = []
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -251,6 +251,8 @@ def _lower(graph: torch.nn.Module, inputs: dict[str, Any], axes: dict[str, Any],
     with _attention(model), _trail(graph) as trail, _quiet():
         try:
             program = OnnxExporter().export(graph, inputs, config=config)
+        except (MemoryError, torch.OutOfMemoryError, OSError):
+            raise
         except Exception as error:  # noqa: BLE001 - torch raises dozens of types; whatever it is, this model stays torch
             raise _explain(model, graph, error, trail) from error
         lowered: onnx_ir.Model = program.model

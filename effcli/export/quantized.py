@@ -306,7 +306,8 @@ def _nibbles(values: np.ndarray) -> np.ndarray:
 
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.full((*values.shape[:-1], 1), 8, np.uint8)], axis=-1)
-    return (values[..., ::2] | (values[..., 1::2] << 4)).astype(np.uint8)
+    packed: np.ndarray = np.bitwise_or(values[..., ::2], np.left_shift(values[..., 1::2], 4), dtype=np.uint8)
+    return packed
 
 
 def _four_bit(values: np.ndarray) -> Any:
