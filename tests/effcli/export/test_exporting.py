@@ -100,6 +100,15 @@ def test_decode_goes_on_from_any_cache(text_export: Exported, batch: int, paddin
     assert present[0].shape == (batch, 2, 20, 8)
 
 
+def test_decode_takes_a_prompt_with_an_empty_cache(text_export: Exported) -> None:
+    feed = inputs(2, 12, 3)
+    past = {f"past_key_values.0.{part}": np.zeros((2, 2, 0, 8), np.float32) for part in ("key", "value")}
+    decode, prefill = (session(text_export.folder, name) for name in ("decode", "prefill"))
+    found, expected = decode.run(None, arrays(feed) | past), prefill.run(None, arrays(feed))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
 def test_graphs_share_each_weight_once(text_export: Exported) -> None:
     folder, report = text_export.folder, text_export.report
     weights = sum(parameter.nbytes for parameter in text_export.model.parameters())  # tied: the embedding once
