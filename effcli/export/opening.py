@@ -282,10 +282,14 @@ def _verify(folder: Path, described: Description) -> None:
 def _size(path: Path) -> WeightSize:
     """Return the bytes of a graph's weights and how many numbers they stand for, each shared tensor once."""
     import onnx
+    from google.protobuf.message import DecodeError
 
     from profilers.weights import WeightSize
 
-    graph = onnx.load(str(path), load_external_data=False).graph
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except DecodeError as error:
+        raise SourceError(f"'{path}' is no ONNX graph ({error}); copy it again, or export again") from None
     packed: dict[str, int] = {}  # numbers that a tensor of another shape stands for
     for node in graph.node:
         if node.op_type in _SCALES_FROM:
