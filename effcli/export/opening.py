@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from effcli.checkpoint_files import CONFIG, fingerprint, read_json
 from effcli.errors import BadInputError, NoRoomError, SourceError
 from effcli.formatting import data_size
+from effcli.reports.model import REPORT_FILE
 from effcli.sources import ONNX, Source
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 FORMAT = "effcli.onnx/"
 VERSION = "effcli.onnx/1"
 TEXT_GENERATION = "text-generation"
-# Ops that turn packed weights into numbers: which of their inputs are scales and zero points, not weights.
-_SCALES_FROM = {"MatMulNBits": 2, "DequantizeLinear": 1, "GatherBlockQuantized": 2}
 
 
 @dataclass(frozen=True)
@@ -159,14 +157,14 @@ def open(  # noqa: A001 - it opens
     name = graph or ("decode" if described.task == TEXT_GENERATION else "model")
     if name not in described.graphs:
         raise BadInputError(f"'{folder}' has no graph '{name}'; give one of: {', '.join(described.graphs)}")
-    weights = _size(path / described.graphs[name])
+    weights, fold = _inspect(path / described.graphs[name])
     free = memory_available_bytes(chosen)
     if weights.bytes > free:
         raise NoRoomError(
             f"the weights of '{folder}' need {data_size(weights.bytes)} and {chosen} has {data_size(free)} free; "
             "run it where there is more, or export it quantized"
         )
-    opened = Graph(path / described.graphs[name], chosen, threads or torch.get_num_threads())
+    opened = Graph(path / described.graphs[name], chosen, threads or torch.get_num_threads(), fold=fold)
     with quiet_transformers():
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         facts: dict[str, Any] = {
@@ -279,10 +277,15 @@ def _verify(folder: Path, described: Description) -> None:
             )
 
 
-def _size(path: Path) -> WeightSize:
-    """Return the bytes of a graph's weights and how many numbers they stand for, each shared tensor once."""
+def _inspect(path: Path) -> tuple[WeightSize, bool]:
+    """Return the size of a graph's weights, each shared tensor once, and whether constants have to be folded.
+
+    They have not where all that is there to fold are transposes before products: ONNX Runtime makes those part of the
+    product, and would else keep a transposed copy, of tied embeddings for one. What integers are packed into counts as
+    so many parameters where the report does not say how many there were.
+    """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     from profilers.weights import WeightSize
 
@@ -290,23 +293,15 @@ def _size(path: Path) -> WeightSize:
         graph = onnx.load(str(path), load_external_data=False).graph
     except DecodeError as error:
         raise SourceError(f"'{path}' is no ONNX graph ({error}); copy it again, or export again") from None
-    packed: dict[str, int] = {}  # numbers that a tensor of another shape stands for
-    for node in graph.node:
-        if node.op_type in _SCALES_FROM:
-            packed |= dict.fromkeys(node.input[_SCALES_FROM[node.op_type] :], 0)
-        if node.op_type == "MatMulNBits":
-            sizes: Mapping[str, int] = {item.name: item.i for item in node.attribute}
-            packed[node.input[1]] = sizes["K"] * sizes["N"]
-    seen: set[Any] = set()
-    held = parameters = 0
-    for tensor in graph.initializer:
-        external = {item.key: item.value for item in tensor.external_data}
-        place = external.get("offset") if external else tensor.name
-        if place in seen:
-            continue
-        seen.add(place)
-        elements = math.prod(tensor.dims)
-        held += int(external["length"]) if external else len(tensor.raw_data)
-        if external or len(tensor.dims) > 1 or tensor.data_type in (1, 10, 16):
-            parameters += packed.get(tensor.name, elements)
-    return WeightSize(bytes=held, parameters=parameters)
+    tensors: dict[int, tuple[int, int]] = {}  # bytes and elements, by place in the file of weights
+    for number, tensor in enumerate(graph.initializer, start=1):
+        place = {item.key: item.value for item in tensor.external_data}
+        size = int(place.get("length", len(tensor.raw_data)))
+        tensors[int(place.get("offset", -number))] = size, math.prod(tensor.dims)
+    report = path.parent / REPORT_FILE
+    counted = (read_json(report).get("model") or {}).get("parameters") if report.is_file() else None
+    constant = {tensor.name for tensor in graph.initializer}
+    turned = {node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in constant}
+    users = {node.op_type for node in graph.node if turned & {*node.input}}
+    held, elements = (sum(column) for column in zip(*tensors.values(), strict=True))
+    return WeightSize(held, counted or elements), not users <= {"MatMul"}

@@ -66,6 +66,8 @@ class Graph:
         ``cpu`` or ``cuda``.
     threads : int
         CPU threads of one op.
+    fold : bool
+        Compute what depends on constants alone once, when the graph is opened.
 
     Attributes
     ----------
@@ -80,8 +82,8 @@ class Graph:
         If ONNX Runtime cannot read the graph, or its CUDA libraries.
     """
 
-    def __init__(self, path: Path, device: torch.device, threads: int) -> None:
-        self._session = _session(path, device, threads)
+    def __init__(self, path: Path, device: torch.device, threads: int, *, fold: bool = True) -> None:
+        self._session = _session(path, device, threads, fold)
         self.device = device
         self.provider: str = self._session.get_providers()[0]
         self.inputs = {
@@ -148,7 +150,7 @@ def _empty(tensor: torch.Tensor, kind: str, index: int) -> onnxruntime.OrtValue:
     )
 
 
-def _session(path: Path, device: torch.device, threads: int) -> onnxruntime.InferenceSession:
+def _session(path: Path, device: torch.device, threads: int, fold: bool) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -161,7 +163,9 @@ def _session(path: Path, device: torch.device, threads: int) -> onnxruntime.Infe
     if device.type == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=providers, disabled_optimizers=None if fold else ["ConstantFolding"]
+        )
     except Exception as error:  # noqa: BLE001 - a dozen types of one C++ error; its text is all there is
         text = " ".join(str(error).split())
         raise SourceError(

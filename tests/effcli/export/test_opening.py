@@ -59,13 +59,14 @@ def test_a_text_needs_a_tokenizer(text_export: Exported) -> None:
         loaded.generate("text")
 
 
-def test_counts_what_torch_counts(text_export: Exported) -> None:
+def test_counts_what_torch_counts(text_export: Exported, copied: Path) -> None:
     found = opening.open(text_export.folder, device="cpu").weight_size
-    weights = text_export.model.state_dict().values()
-    distinct = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in weights if tensor.dim() == 2}
-    large = sum(tensor.numel() for tensor in distinct.values())
-    assert large <= found.parameters <= sum(p.numel() for p in text_export.model.parameters()) + 64
-    assert 4 * large <= found.bytes <= 4 * (found.parameters + 64) + 1024
+    parameters = sum(tensor.numel() for tensor in text_export.model.parameters())
+    assert found.parameters == parameters
+    (copied / "report.json").unlink()
+    bare = opening.open(copied, device="cpu").weight_size
+    assert bare.parameters == pytest.approx(parameters, rel=0.02)
+    assert bare.bytes == found.bytes == pytest.approx(4 * parameters, rel=0.02)
 
 
 def test_threads_are_torchs_and_can_be_chosen(text_export: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +75,9 @@ def test_threads_are_torchs_and_can_be_chosen(text_export: Exported, monkeypatch
     asked = []
     inner = session._session
 
-    def kept(path: Path, device: torch.device, threads: int) -> Any:
+    def kept(path: Path, device: torch.device, threads: int, fold: bool) -> Any:
         asked.append(threads)
-        return inner(path, device, threads)
+        return inner(path, device, threads, fold)
 
     monkeypatch.setattr(session, "_session", kept)
     opening.open(text_export.folder, device="cpu")
