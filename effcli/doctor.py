@@ -5,6 +5,7 @@ Facts only; ``effcli doctor`` prints them.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ class Diagnosis:
         GPUs first.
     torch_build : str
         Version and what it was built for.
+    onnx_runtime : str or None
+        Version of ONNX Runtime and the providers it was built with; None where it is not installed.
     cuda_runtime : str or None
         CUDA version torch was built for.
     cuda_driver : str or None
@@ -138,6 +141,7 @@ class Diagnosis:
     device_reason: str
     devices: tuple[DeviceFacts, ...]
     torch_build: str
+    onnx_runtime: str | None
     cuda_runtime: str | None
     cuda_driver: str | None
     versions: dict[str, str | None]
@@ -185,6 +189,7 @@ def examine(measure_peaks: bool = True, progress: Progress | None = None) -> Dia
         device_reason=device_reason,
         devices=devices,
         torch_build=f"{torch.__version__}, built for {'CUDA ' + built_for if built_for else 'the CPU only'}",
+        onnx_runtime=_onnx_runtime(),
         cuda_runtime=torch.version.cuda,
         cuda_driver=driver,
         versions={requirement.name: _installed(requirement.name) for requirement in core},
@@ -201,6 +206,15 @@ def examine(measure_peaks: bool = True, progress: Progress | None = None) -> Dia
             *_cache_problems(cache_folder, disk_free, builtins),
         ),
     )
+
+
+def _onnx_runtime() -> str | None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    providers = (name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    return f"{onnxruntime.__version__}, built with {', '.join(providers)}"
 
 
 def _devices() -> list[torch.device]:

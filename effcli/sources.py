@@ -203,7 +203,10 @@ def _from_folder(spec: str, folder: Path, *, config_only: bool, allow_pickle: bo
 
 def is_export(folder: Path) -> bool:
     """Return whether a folder is one that ``effcli export`` wrote."""
-    return (folder / ONNX).is_file()
+    try:
+        return (folder.expanduser() / ONNX).is_file()
+    except (OSError, RuntimeError):  # a name that no path can have
+        return False
 
 
 def export_refused(spec: str, folder: Path) -> SourceError:

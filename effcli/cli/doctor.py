@@ -79,6 +79,7 @@ def _show(diagnosis: Diagnosis, console: Console) -> None:
         [
             ("python", f"{diagnosis.python} on {diagnosis.platform}"),
             ("torch build", diagnosis.torch_build),
+            ("ONNX Runtime", diagnosis.onnx_runtime or "not installed"),
             ("NVIDIA driver", diagnosis.cuda_driver or "none found"),
             *((name, version or "missing") for name, version in diagnosis.versions.items()),
         ],

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 
 import pytest
@@ -24,6 +25,8 @@ def test_facts(cache):
     assert 0 < cpu.memory_available_bytes <= cpu.memory_total_bytes
     assert (cpu.peaks, "float32" in cpu.native_dtypes) == (None, True)
     assert torch.__version__ in found.torch_build
+    installed = importlib.util.find_spec("onnxruntime") is not None
+    assert ("CPU" in (found.onnx_runtime or "")) == installed
     for name in ("torch", "transformers", "safetensors", "gguf"):
         assert found.versions[name] == importlib.metadata.version(name)
     assert found.cache_folder == str(cache)
