@@ -69,8 +69,8 @@ class GivenUpError(GateFailedError):
         What was measured of quality, by metric of :data:`effcli.gates.METRICS`.
     """
 
-    def __init__(self, message: str, figures: dict[str, float | None] | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, gates: str | None = None, figures: dict[str, float | None] | None = None) -> None:
+        super().__init__(message, gates)
         self.figures = figures or {}
 
 

@@ -38,9 +38,11 @@ def check(job: Job, staging: Staging, quality: Mapping[str, Any]) -> None:
             "kl_p99": quality["kl"]["p99"],
             "top1": quality["top1_agreement"],
         }
+        what = f"{'; '.join(missed)}, on the first {quality['tokens']} tokens"
         raise GivenUpError(
-            f"{'; '.join(missed)}, on the first {quality['tokens']} tokens. Nothing was published; the work is kept in "
-            f"'{staging.folder}': run again with --resume and other gates to go on",
+            f"{what}. Nothing was published; the work is kept in '{staging.folder}': run again with --resume and other "
+            "gates to go on",
+            what,
             figures,
         )
 

@@ -148,7 +148,8 @@ def _gate_failed(error: GateFailedError, target: Path) -> Outcome:
     if isinstance(error, GivenUpError):  # there is no report of it, and one of an earlier run says something else
         for name in _failed_names(target):
             target.with_name(name).unlink(missing_ok=True)
-        return Outcome("gate-failed", _say(error)[0], exit_code=EXIT_GATE_FAILED, figures=error.figures)
+        _say(error)
+        return Outcome("gate-failed", error.gates, exit_code=EXIT_GATE_FAILED, figures=error.figures)
     report = target.with_name(_failed_names(target)[0])
     _say(error)
     outcome = Outcome("gate-failed", error.gates, exit_code=EXIT_GATE_FAILED)

@@ -18,7 +18,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 from effcli import gates
 from effcli.batch.locking import state_folder
 from effcli.batch.model import Job, Outcome, SearchResult
-from effcli.batch.search_space import HIGHER_IS_BETTER, QUALITY, Choice, SearchSpec
+from effcli.batch.search_space import QUALITY, Choice, SearchSpec
+from effcli.batch.study import open_study, optuna_for
 from effcli.batch.trial_files import TrialFiles
+from effcli.batch.trial_results import Judge, Result
 from effcli.errors import BadInputError, EffcliError, did_you_mean
 from effcli.recipes import VERSION, from_mapping
 from passes.base import PassError
@@ -38,15 +40,12 @@ if TYPE_CHECKING:
 
     from effcli.batch.jobs_file import JobsFile
 
-STORAGE_FILE = "search.sqlite"
 _TRIES = 64
 """Trials in a row that were tried before, or that a pass refuses, after which a search has nothing new to try."""
 _RANDOM_FIRST = 5
 """Trials at random before TPE has something to go by."""
 _SAME_FAILURES = 3
 """A search whose first jobs all fail alike is not going to find anything."""
-_UNKNOWN_EXCESS = 1.0
-"""How far a trial is said to be beyond a gate where only that it is beyond is known."""
 
 
 def searches(file: JobsFile, output: str, *, parallel: int | None = None) -> list[Search]:
@@ -76,15 +75,6 @@ def searches(file: JobsFile, output: str, *, parallel: int | None = None) -> lis
             of_model = None
         found.append(Search(name, spec, base, output, parallel=parallel or file.workers or 1, fingerprint=of_model))
     return found
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one job of a search."""
-
-    job: str
-    status: str
-    figures: Mapping[str, float | None]
 
 
 class Search:
@@ -130,9 +120,10 @@ class Search:
         self._parallel = max(1, parallel)
         self._fingerprint = fingerprint
         self._files = TrialFiles(output)
+        self._judge = Judge(spec)
         self._folder = state or state_folder(output)
         self._check_names()
-        _optuna(name)
+        optuna_for(name)
         self._started: float | None = None
         self._ended: str | None = None
 
@@ -160,8 +151,9 @@ class Search:
             return
         trial = Trial(self._study, frozen._trial_id)
         value = outcome.figures.get(self.spec.metric)
-        excess = self._excess(outcome)
-        if excess is not None:
+        judged = self._files.gates(outcome.report) if outcome.report is not None else {}
+        excess = self._judge.excess(outcome, judged)
+        if excess is not None and not frozen.constraints:  # it has some if a kill came right after them
             for gate, beyond in zip(self.spec.subject_to, excess, strict=True):
                 trial.set_constraint(gate, beyond)
         end = {"status": outcome.status, "message": outcome.message, "figures": dict(outcome.figures)}
@@ -194,7 +186,7 @@ class Search:
         """Return what was found so far."""
         jobs, results = self._jobs().values(), self._results()
         passed = [result for result in results if result.status == "passed"]
-        best = self._best(passed)
+        best = self._judge.best(passed)
         if best is not None:
             value = best.figures[self.spec.metric]
             assert value is not None
@@ -213,23 +205,16 @@ class Search:
             pruned=sum(item.state.name == "PRUNED" for item in jobs),
             failed=sum(result.status == "failed" for result in results),
             best=None if best is None else best.job,
-            front=tuple(result.job for result in self._front(passed)),
-            quality=self.quality,
-            cost=self.cost,
+            front=tuple(result.job for result in self._judge.front(passed)),
+            quality=self._judge.quality,
+            cost=self._judge.cost,
             message=message,
         )
 
     @cached_property
-    def quality(self) -> str:
-        """The metric of quality that the front is over: the target's or the first gate's, else the divergence."""
-        asked = [self.spec.metric, *(gates.parse(text).metric for text in self.spec.subject_to)]
-        return next((metric for metric in asked if metric in QUALITY), "kl")
-
-    @cached_property
-    def cost(self) -> str:
-        """The metric that the front sets against quality: the target's or the first gate's, else the size."""
-        asked = [self.spec.metric, *(gates.parse(text).metric for text in self.spec.subject_to)]
-        return next((metric for metric in asked if metric not in QUALITY), "size")
+    def _study(self) -> Study:
+        """The study, opened when it is first needed: a dry run writes nothing."""
+        return open_study(self.name, self.spec, self._study_name(), self._folder)
 
     # --- what to try
 
@@ -384,87 +369,15 @@ class Search:
                         f"known: {', '.join(known)}"
                     )
 
-    # --- what was found
-
-    def _excess(self, outcome: Outcome) -> tuple[float, ...] | None:
-        """Return how far a result is beyond each gate, relative to its limit; at most 0 where it keeps it."""
-        if outcome.status == "failed":
-            return None
-        judged = self._files.gates(outcome.report) if outcome.report is not None else {}
-        found = []
-        for text in self.spec.subject_to:
-            gate = gates.parse(text)
-            result = judged.get(gate.text)
-            measured = outcome.figures.get(gate.metric) if gate.kind == "value" else None
-            if result is not None:
-                measured = result["measured"]
-            if measured is None:
-                found.append(0.0 if outcome.status == "passed" else _UNKNOWN_EXCESS)
-                continue
-            beyond = measured - gate.limit if gate.op.startswith("<") else gate.limit - measured
-            if gate.kind == "value" and gate.limit:
-                beyond /= abs(gate.limit)
-            found.append(min(beyond, 0.0) if gates.holds(gate, measured) else max(beyond, 1e-9))
-        return tuple(found)
-
-    def _best(self, passed: Sequence[Result]) -> Result | None:
-        measured = [result for result in passed if result.figures.get(self.spec.metric) is not None]
-        sign = 1 if self.spec.minimize is not None else -1
-        return min(measured, key=lambda result: sign * (result.figures[self.spec.metric] or 0.0), default=None)
-
-    def _front(self, passed: Sequence[Result]) -> list[Result]:
-        """Return the results that no other beats in quality and in cost at once."""
-        points = []
-        for result in passed:
-            quality, cost = (self._signed(metric, result.figures.get(metric)) for metric in (self.quality, self.cost))
-            if quality is not None and cost is not None:
-                points.append(((quality, cost), result))
-        return [
-            result
-            for point, result in points
-            if not any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other, _ in points)
-        ]
-
-    def _signed(self, metric: str, value: float | None) -> float | None:
-        """Return a value so that less is better."""
-        large = self.spec.maximize is not None if metric == self.spec.metric else metric in HIGHER_IS_BETTER
-        return -value if large and value is not None else value
-
     def _tidy(self) -> None:
-        """Remove the weights of what is not kept: a result that is beaten stays beaten."""
+        """Remove the weights of what is not kept."""
         results = self._results()
-        passed = [result for result in results if result.status == "passed"]
-        best = self._best(passed)
-        if self.spec.keep == "all" or best is None:
-            kept = passed
-        else:
-            kept = [best] if self.spec.keep == "best" else [best, *self._front(passed)]
+        kept = self._judge.kept(results)
         for result in results:
             if result not in kept and result.status != "failed":  # what a failed one has staged, another attempt uses
                 self._files.drop(result.job)
 
     # --- the study
-
-    @cached_property
-    def _study(self) -> Study:
-        """The study, opened when it is first needed: a dry run writes nothing."""
-        optuna = _optuna(self.name)
-        storage = self.spec.storage
-        direction = "minimize" if self.spec.minimize is not None else "maximize"
-        try:
-            if storage is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                storage = f"sqlite:///{self._folder / STORAGE_FILE}"
-            study: Study = optuna.create_study(
-                study_name=self._study_name(), storage=storage, direction=direction, load_if_exists=True
-            )
-            return study
-        except Exception as error:  # noqa: BLE001 - each storage has errors of its own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BadInputError(
-                f"search '{self.name}' cannot open its storage '{storage}': {reason}; write an Optuna storage URL like "
-                "sqlite:////folder/search.sqlite, or leave storage out"
-            ) from None
 
     def _study_name(self) -> str:
         """Return a name that changes with all that a trial's figures depend on, and not with how long the search is."""
@@ -485,7 +398,8 @@ class Search:
                 self._study.tell(item.number, state=TrialState.FAIL)  # cut short while its values were chosen
         again = []
         for name, item in self._jobs().items():
-            status, passes = item.user_attrs.get("end", {}).get("status"), item.user_attrs["passes"]
+            status = item.user_attrs["end"]["status"] if item.state.is_finished() else None
+            passes = item.user_attrs["passes"]
             if status == "failed":  # a trial that has ended cannot be told again, so it gets a new one
                 self._study.add_trial(
                     create_trial(
@@ -506,29 +420,16 @@ class Search:
         return {item.user_attrs["job"]: item for item in self._trials() if "job" in item.user_attrs}
 
     def _tried(self) -> set[str]:
-        return {item.user_attrs["passes"] for item in self._trials() if "passes" in item.user_attrs}
+        decided = (item.user_attrs for item in self._trials() if _decided(item))
+        return {attributes["passes"] for attributes in decided if "passes" in attributes}
 
     def _results(self) -> list[Result]:
         ended = ((name, item.user_attrs["end"]) for name, item in self._jobs().items() if item.state.is_finished())
         return [Result(name, end["status"], end["figures"]) for name, end in ended]
 
 
-def _optuna(name: str) -> Any:
-    """Import Optuna, and keep it quiet: the batch says what happens."""
-    try:
-        import optuna
-    except ImportError:
-        raise BadInputError(f"search '{name}' needs Optuna; install it: pip install 'effcli[search]'") from None
-    if not hasattr(optuna.trial.Trial, "set_constraint"):
-        raise BadInputError(
-            f"search '{name}' needs Optuna 5 and finds {optuna.__version__}; pip install -U 'effcli[search]'"
-        )
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
 def _decided(trial: FrozenTrial) -> bool:
-    return "passes" in trial.user_attrs or "repeated" in trial.user_attrs
+    return any(key in trial.user_attrs for key in ("job", "refused", "repeated"))
 
 
 def _text(data: Any) -> str:

@@ -248,13 +248,14 @@ def test_another_model_is_another_study(tmp_path: Path) -> None:
     [
         ({"passes": [{"quantise": {}}, "quantize"]}, "did you mean 'quantize'"),
         ({"passes": [{"quantize": {"shceme": "w4a16"}}]}, "has no parameter 'shceme' (did you mean 'scheme'?)"),
-        ({"storage": "nosuch://x"}, "cannot open its storage 'nosuch://x'"),
+        ({"storage": "nosuch://me:secret@x/y"}, "cannot open its storage 'nosuch://me:…@x/y'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInputError) as refused:
         Search("s", spec(**change), BASE, str(tmp_path)).ask(0)
     assert said in str(refused.value)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_missing_optuna_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
