@@ -287,4 +287,4 @@ class Entries(Strict):
         default=(), description="Jobs besides the matrix."
     )
     gates: Gates = Field(default=(), description="Added to every recipe's.")
-    search: dict[str, SearchSpec] = Field(default={}, description="Searches by name, see docs/batch.md.")
+    search: dict[str, SearchSpec] = Field(default={}, description="Searches by name, see docs/batch-search.md.")
