@@ -16,6 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from effcli import built_source
 from effcli.batch.entries import ExcludeEntry, JobEntry, LimitsEntry
 from effcli.batch.jobs_file import JobsFile, existing_file, unique
 from effcli.batch.model import Job, Kind, Limits
@@ -59,6 +60,7 @@ def jobs(file: JobsFile) -> tuple[Job, ...]:
     if not cells and not file.search:
         raise file.error(("matrix",), _why_empty(file), at_key=True)
     _check_unique(file, cells)
+    _check_twins(file, cells)
     _check_searches(file, cells)
     gone = {_name(file, cell): rule for cell, rule in excluded}
     by_name = {cell.name: cell for cell in cells}
@@ -212,6 +214,15 @@ def _check_unique(file: JobsFile, cells: Sequence[_Cell]) -> None:
         way = cell.way if cell.entry is not None else ("layout",) if file.layout else ("matrix",)
         remedy = "give it a name of its own: name: …" if cell.entry is not None else _layout_remedy(other, cell)
         raise file.error(way, f"two jobs are called '{cell.name}' ({_described(other)}, {_described(cell)}); {remedy}")
+
+
+def _check_twins(file: JobsFile, cells: Sequence[_Cell]) -> None:
+    """Refuse a job that is called as the source that a pass of another makes beside its output."""
+    names = {cell.name.casefold() for cell in cells}
+    for cell in cells:
+        twin = cell.name + built_source.SUFFIX
+        if cell.section == "recipe" and twin.casefold() in names and built_source.maker(file.recipe[cell.part].chain()):
+            raise file.error(cell.way, f"job '{cell.name}' also makes '{twin}', which is a job's name; rename one")
 
 
 def _described(cell: _Cell) -> str:

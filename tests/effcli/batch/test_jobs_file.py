@@ -124,6 +124,13 @@ def test_the_schema_takes_the_documented_example_and_refuses_typos(example: str)
         assert not wrong(text), text
 
 
+def test_the_documented_search_is_read_and_valid(tmp_path: Path) -> None:
+    page = (DOCS.parent / "batch-search.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(version: 1.*?)```", page, re.S)
+    assert [*read_text(tmp_path, text).search] == ["smallest"]
+    jsonschema.Draft202012Validator(jobs_schema()).validate(yaml.safe_load(text))
+
+
 # What is wrong, where, and words of the message.
 BAD: list[tuple[str, tuple[int, int], str]] = [
     ("", (1, 1), "the file is empty; it starts with: version: 1"),

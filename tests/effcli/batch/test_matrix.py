@@ -144,3 +144,13 @@ def test_a_long_chain_is_no_circle(tmp_path: Path) -> None:
     jobs = ", ".join(f"{{name: j{n}, model: m, profile: q, after: [j{n + 1}]}}" for n in range(1200))
     made = matrix.jobs(read_text(tmp_path, f"{BASE}jobs: [{jobs}, {{name: j1200, model: m, profile: q}}]\n"))
     assert [job.name for job in made[-3:]] == ["j2", "j1", "j0"]
+
+
+def test_a_job_is_not_called_as_what_another_makes_beside_its_output(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text " * 2000)
+    scratch = f"{{blocks: 1, loops: 2, from_scratch: true, train_text: {tmp_path}/text.txt, train_tokens: 5000}}"
+    text = BASE.replace("[{quantize: {scheme: w4a16}}]", f"[{{loop: {scratch}}}]")
+    twin = "jobs: [{name: m.w-twin, model: n, profile: q}]\n"
+    with pytest.raises(BadInputError, match="job 'm.w' also makes 'm.w-twin', which is a job's name; rename one"):
+        matrix.jobs(read_text(tmp_path, text + twin))
+    assert len(matrix.jobs(read_text(tmp_path, BASE + twin))) == 5
