@@ -26,12 +26,13 @@ from effcli.batch.model import Job
 from effcli.formatting import data_size
 
 SAMPLE_SECONDS = 0.5
-PROCESS_BYTES = 700 * 10**6
+PROCESS_BYTES = 800 * 10**6
 """A process that has imported torch and transformers and runs a small model."""
 PEAKS_BYTES = {False: 1100 * 10**6, True: 4300 * 10**6}
 """Buffers that the device's ceilings are measured with, in the memory of a CPU or a GPU (True)."""
-OPTIMIZE_WEIGHTS = 2.0
-"""Times the weights that an optimize holds at its peak: the model, and the shard or the layer that it works on."""
+TIMES_WEIGHTS = {"profile": 1.0, "optimize": 2.0, "export": 3.0}
+"""Times the weights that a job holds at its peak: an optimize also the shard or the layer that it works on, an export
+also what it writes and what ONNX Runtime reads back."""
 DEFAULT_CONTEXT = 4096
 """Longest context of a profile that names none."""
 OPTIMIZE_CONTEXT = 512
@@ -82,7 +83,7 @@ def estimate(job: Job, output: Path | None, *, on_gpu: bool) -> Estimate | None:
     model = _Model.of(job, output)
     if model is None:
         return None
-    weights = round(model.weight_bytes(job, on_gpu=on_gpu) * (OPTIMIZE_WEIGHTS if job.kind == "optimize" else 1.0))
+    weights = round(model.weight_bytes(job, on_gpu=on_gpu) * TIMES_WEIGHTS[job.kind])
     working = model.working_bytes(job)
     how = f"weights {data_size(weights)} from {model.described} + cache and activations {data_size(working)}"
     processes = PROCESS_BYTES * (2 if job.kind == "optimize" else 1)

@@ -282,7 +282,7 @@ def test_a_worker_a_gpu_sees_that_gpu_alone(tmp_path: Path) -> None:
         assert json.loads(run(engine, profile("any", "n", device="auto", memory=1), tmp_path).message)[:2] == [
             "auto", "GPU-a",
         ]  # fmt: skip
-        assert engine.placement(profile("x", "m", device="cuda:1", memory=1)).startswith("cuda:1, 700 MB + 1.00 GB of")
+        assert engine.placement(profile("x", "m", device="cuda:1", memory=1)).startswith("cuda:1, 800 MB + 1.00 GB of")
         assert "device 'cuda:2' and the GPUs of the local workers are: cuda:0, cuda:1" in str(
             engine.cannot_run(profile("x", "m", device="cuda:2", memory=1))
         )

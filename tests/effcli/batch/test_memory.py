@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from effcli.batch import memory
-from effcli.batch.memory import OPTIMIZE_WEIGHTS, PEAKS_BYTES, PROCESS_BYTES, Estimate, MemoryWatch, estimate
+from effcli.batch.memory import PEAKS_BYTES, PROCESS_BYTES, TIMES_WEIGHTS, Estimate, MemoryWatch, estimate
 from effcli.batch.model import Job, Limits
 
 BASE = PROCESS_BYTES + PEAKS_BYTES[False]
@@ -48,7 +48,7 @@ def test_longer_contexts_and_larger_batches_take_more(tiny_folder: Path) -> None
 
 def test_an_optimize_takes_two_processes_and_the_weights_twice(tiny_folder: Path) -> None:
     one = known(estimate(job(tiny_folder, "optimize", settings={"context": 512}), None, on_gpu=False))
-    assert one.ram_bytes > 2 * PROCESS_BYTES + PEAKS_BYTES[False] + OPTIMIZE_WEIGHTS * weights(tiny_folder)
+    assert one.ram_bytes > 2 * PROCESS_BYTES + PEAKS_BYTES[False] + TIMES_WEIGHTS["optimize"] * weights(tiny_folder)
 
 
 def test_on_a_gpu_the_weights_are_the_gpus(tiny_folder: Path) -> None:
@@ -60,7 +60,7 @@ def test_on_a_gpu_the_weights_are_the_gpus(tiny_folder: Path) -> None:
 def test_limits_win(tiny_folder: Path) -> None:
     limited = job(tiny_folder, limits=Limits(memory_bytes=5 * 10**9))
     assert estimate(limited, None, on_gpu=False) == Estimate(5 * 10**9, 0, "limits.memory")
-    assert str(estimate(limited, None, on_gpu=True)) == "700 MB + 5.00 GB of the GPU's"
+    assert str(estimate(limited, None, on_gpu=True)) == "800 MB + 5.00 GB of the GPU's"
 
 
 def test_a_model_that_is_not_here_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
