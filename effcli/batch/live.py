@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from effcli.batch.engine import View
 
-FRAMES_PER_SECOND = 2  # what a person can follow; a frame costs a few milliseconds of the driver's time
-MOST_ROWS = 40
+FRAMES_PER_SECOND = 2
+MOST_ROWS = 25  # rich takes most of a millisecond for one, of the driver's time
 LEAST_SHARE = 0.1  # of a job: what it has taken until then says little of the rest
 COUNT_LINES = 3  # below the rows, and the heading above them
 WORDS: dict[Stage, str] = {"gate-failed": "failed a gate"}

@@ -59,7 +59,9 @@ def command(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only", metavar="NAME", help="Only these jobs and what they need, e.g. 'smol.*'; may be given repeatedly."
+            "--only",
+            metavar="NAME",
+            help="Only these jobs and what they need, and a summary of these alone, e.g. 'smol.*'; repeatable.",
         ),
     ] = None,
     prometheus: Annotated[
