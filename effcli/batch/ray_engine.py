@@ -30,6 +30,8 @@ from effcli.errors import EXIT_BAD_INPUT, EXIT_BUG, BadInputError
 from effcli.formatting import data_size
 from effcli.reports.model import plain
 
+IDLE_SECONDS = 60.0
+"""After which a slot without a job gives its place back, to other users of the cluster."""
 _ID_LETTERS = 6
 
 
@@ -219,14 +221,15 @@ class RayEngine:
             slot = next(slot for slot in running if slot.stream == ready[0])
             self._read(slot)
             running = [other for other in running if other.job is not None and (other is not slot or not slot.doubted)]
+        for slot in [slot for slot in self._slots if slot.job is None and _idle_seconds(slot) > IDLE_SECONDS]:
+            self._retire(slot)
         found, self._ended = self._ended, []
         return found
 
     def stop(self, job: str) -> None:
         """Kill a running job and its slot."""
         for slot in [slot for slot in self._slots if slot.job is not None and slot.job.name == job]:
-            self._kill(slot)
-            self._slots.remove(slot)
+            self._retire(slot)
         self._ended = [event for event in self._ended if event.job != job]
 
     def _read(self, slot: _Slot) -> None:
@@ -281,8 +284,7 @@ class RayEngine:
         assert slot.job is not None
         self._ended.append(Event(slot.job.name, "finished", self._where(slot), time.time(), outcome=outcome))
         slot.job = None
-        self._kill(slot)
-        self._slots.remove(slot)
+        self._retire(slot)
 
     def _slot_for(self, job: Job, need: _Need) -> _Slot | None:
         """Return an idle slot that will do, else a new one if a node has room; idle ones in its way are ended."""
@@ -297,8 +299,7 @@ class RayEngine:
                 return None
             kept.pop(0)
         for slot in idle[: len(idle) - len(kept)]:
-            self._kill(slot)
-            self._slots.remove(slot)
+            self._retire(slot)
         actor = (
             self._ray.remote(Slot)
             .options(
@@ -367,9 +368,17 @@ class RayEngine:
         node = self._nodes(alive=False).get(slot.node)
         return f"node {node.name if node is not None else slot.node[:_ID_LETTERS]}"
 
+    def _retire(self, slot: _Slot) -> None:
+        self._kill(slot)
+        self._slots.remove(slot)
+
     def _kill(self, slot: _Slot) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # it is dead already
             self._ray.kill(slot.actor, no_restart=True)
+
+
+def _idle_seconds(slot: _Slot) -> float:
+    return time.monotonic() - slot.used
 
 
 def _own(label: str) -> bool:
