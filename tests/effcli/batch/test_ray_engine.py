@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 
+from effcli.batch import ray_engine
 from effcli.batch.model import Event, Job, JobState, Limits
 from effcli.batch.ray_engine import RayEngine
 from effcli.checkpoint_files import sha256_of
 from effcli.errors import BadInputError
 from effcli.staging import folder_for
+from tests.effcli.batch.killable import calls
+from tests.effcli.batch.killing import check, results
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'effcli[ray]'")
 
@@ -174,6 +177,17 @@ def test_jobs_that_do_not_fit_together_wait(connected: RayEngine, output: Path) 
 
 
 @pytest.mark.slow
+def test_workers_that_idle_give_their_place_back(
+    connected: RayEngine, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(connected, [call("idle")], output)
+    pid = result(output, "idle")["pid"]
+    monkeypatch.setattr(ray_engine, "IDLE_SECONDS", 0.0)
+    connected.events(0.0)
+    wait_for(lambda: not is_alive(pid))
+
+
+@pytest.mark.slow
 def test_nodes_that_are_not_as_this_machine_are_refused(
     connected: RayEngine, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,10 +246,14 @@ class KillANode:
 
 
 @pytest.mark.slow
-def test_a_node_killed_at_its_work_costs_its_current_pass(cluster: Any, output: Path, tiny_folder: Path) -> None:
-    """The job goes on elsewhere from its finished pass and ends as one that nothing happened to."""
+def test_a_node_killed_at_its_work_costs_its_current_pass(
+    cluster: Any, connected: RayEngine, output: Path, tiny_folder: Path
+) -> None:
+    """The job goes on elsewhere from its finished pass and ends as one that nothing happened to, here or locally."""
+    connected.__exit__(None, None, None)  # its idle workers hold the nodes
     from effcli.batch import driver
-    from tests.effcli.batch.killable import JobFingerprints
+    from effcli.batch.fingerprint import Fingerprints
+    from effcli.batch.local import LocalEngine
 
     chain = [
         {"quantize": {"scheme": "w4a16", "group_size": 16, "method": "rtn"}},
@@ -248,12 +266,14 @@ def test_a_node_killed_at_its_work_costs_its_current_pass(cluster: Any, output: 
     )
     # The node that is killed is the only one left for the first job: the other is taken by the second.
     view = KillANode(cluster, output, "hit")
-    done = driver.run([spared, hit], str(output), RayEngine(cluster.address), fingerprints=JobFingerprints(), view=view)
+    prints = Fingerprints(device_class=lambda name: {"type": "cpu"})
+    done = driver.run([spared, hit, *calls(3)], str(output), RayEngine(cluster.address), fingerprints=prints, view=view)
     assert [(state.job.name, state.stage, state.attempt) for state in done.states] == [
         ("spared", "passed", 1),
         ("hit", "passed", 2),
+        *((f"call-{number}", "passed", 1) for number in range(3)),
     ], done.states
-    assert [re.sub(r"id \w+", "id …", reason) for reason in view.lost] == []
+    assert [bool(re.fullmatch(r"node \S+ \(id \w+\) is gone \(.+\)", reason)) for reason in view.lost] == [True]
     assert len(set(view.workers["hit"])) == 2
     assert set(view.workers["spared"]) == {view.workers["hit"][1]}
     report = json.loads((output / "hit" / "report.json").read_text())
@@ -263,7 +283,12 @@ def test_a_node_killed_at_its_work_costs_its_current_pass(cluster: Any, output: 
     ]
     assert weights[0] == weights[1]
     assert len(weights[0]) == 2
-    assert not folder_for(output / "hit").exists()
+    check(output, {state.job.name for state in done.states})
+    local = output.with_name("local")
+    driver.run(calls(3), str(local), LocalEngine(workers=1, threads=1), fingerprints=prints)
+    found = results(output)
+    assert {name: found[name] for name in results(local)} == results(local)
+    assert len(results(local)) == 3
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
