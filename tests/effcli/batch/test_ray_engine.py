@@ -251,6 +251,7 @@ def test_a_node_killed_at_its_work_costs_its_current_pass(
 ) -> None:
     """The job goes on elsewhere from its finished pass and ends as one that nothing happened to, here or locally."""
     connected.__exit__(None, None, None)  # its idle workers hold the nodes
+    (output / "logs").rmdir()
     from effcli.batch import driver
     from effcli.batch.fingerprint import Fingerprints
     from effcli.batch.local import LocalEngine
