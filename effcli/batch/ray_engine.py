@@ -161,6 +161,8 @@ class RayEngine:
 
     def cannot_run(self, job: Job) -> str | None:
         """Say why no node that is alive can ever run the job, else None."""
+        if job.gpus > 1:
+            return f"it asks for {job.gpus:g} GPUs and a job runs on one; write gpus: 1, or a share of one"
         nodes, need = tuple(self._nodes().values()), self._need(job)
         if any(node.fits(need) for node in nodes):
             return None

@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 STORE_BYTES = 80 * 2**20
+PATIENCE_SECONDS = 300.0
 QUICK_DEATH = {
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
@@ -83,7 +84,7 @@ def run(
     engine: RayEngine, jobs: list[Job], output: Path | str, until: Callable[[list[Event]], bool] | None = None
 ) -> list[Event]:
     """Run jobs as the driver does; return all events."""
-    waiting, found, end = list(jobs), [], time.monotonic() + 200
+    waiting, found, end = list(jobs), [], time.monotonic() + PATIENCE_SECONDS
     names = {job.name for job in jobs}
     while names:
         while waiting and offer(engine, waiting[0], output):
@@ -106,8 +107,8 @@ def ends(events: list[Event]) -> dict[str, Event]:
     return {event.job: event for event in events if event.kind in ("finished", "lost")}
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -157,6 +158,7 @@ def test_what_the_cluster_does_not_have_is_said(connected: RayEngine) -> None:
     for changed, words in (
         (replace(job, gpus=1.0), "it needs 1 GPU and no node of the Ray cluster (3 nodes) has more than 0"),
         (replace(job, device="cuda:1"), "it needs 1 GPU"),
+        (replace(job, gpus=2.0), "it asks for 2 GPUs and a job runs on one"),
         (replace(job, labels={"zone": "c"}), "is labelled zone=c; there are: zone=a, zone=b"),
         (replace(job, name="y", limits=Limits(memory_bytes=10**15)), "it needs 1.00 PB of memory and no node"),
     ):
@@ -240,7 +242,7 @@ class KillANode:
         def done() -> bool:
             return state.exists() and "pass-1" in json.loads(state.read_text())["stages"]
 
-        wait_for(done, 200)
+        wait_for(done)
         self._cluster.remove_node(self._cluster.killable["b"], allow_graceful=False)
         self.first_pass = json.loads(state.read_text())["stages"]["pass-1"]["result"]["record"]
 
