@@ -291,7 +291,7 @@ def test_a_node_killed_at_its_work_costs_its_current_pass(
     driver.run(calls(3), str(local), LocalEngine(workers=1, threads=1), fingerprints=prints)
     found = results(output)
     assert {name: found[name] for name in results(local)} == results(local)
-    assert len(results(local)) == 3
+    assert "call-2/result.json" in results(local)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
