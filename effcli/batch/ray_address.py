@@ -9,7 +9,7 @@ from typing import Any
 
 from effcli.errors import BadInputError
 
-ANSWER_SECONDS = 8.0
+ANSWER_SECONDS = 7.0
 """How long an address has to answer; Ray itself tries for two minutes and then ends the process."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Of a cluster that is started here: only events pass through it."""
