@@ -158,6 +158,11 @@ def test_a_target_that_is_there_is_left(text_export: Exported) -> None:
     assert (text_export.folder / "decode.onnx").is_file()
 
 
+def test_an_export_is_not_exported_again(text_export: Exported, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="is an ONNX export already"):
+        export(str(text_export.folder), tmp_path / "out")
+
+
 def test_a_dry_run_reads_no_weights(text_export: Exported, tmp_path: Path) -> None:
     found = export(str(text_export.folder.parent / "source"), tmp_path / "out", dry_run=True)
     assert isinstance(found, DryRun)
