@@ -24,7 +24,8 @@ def profile_verdict(report: Report) -> list[str]:
     """Return the sentences of a profile, the most pressing first; at least one."""
     sentences = [
         *_memory(report),
-        *(_phases(report) or _timed(report)),
+        *_phases(report),
+        *_timed(report),
         *_shaky(report),
         *_elsewhere(report),
         *_advice(report),
@@ -59,18 +60,16 @@ def _phases(report: Report) -> list[str]:
 
 
 def _timed(report: Report) -> list[str]:
-    """Say what was timed where there is no roofline to hold it against."""
-    point = next(iter(items(profile(report, "latency"), "points")), None)
-    if point is None:
+    """Say how fast a model is whose roofline was not drawn: one that another runtime runs."""
+    points = items(profile(report, "latency"), "points")
+    if not points or profile(report, "intensity") is not None:
         return []
-    ttft, tpot = ((point.get(key) or {}).get("p50") for key in ("ttft_seconds", "tpot_seconds"))
-    parts = [f"the first token takes {fmt.seconds(ttft)}"] if ttft is not None else []
-    if tpot is not None:
-        parts.append(f"each further one {fmt.seconds(tpot)} ({fmt.short(point.get('tokens_per_second'))} tokens/s)")
-    if not parts:
-        return []
-    said = ", ".join(parts)
-    return [f"{said[0].upper()}{said[1:]} at {where(point)}; why is not known without the intensity profile."]
+    point = points[0]
+    prefill, rate = (point.get("ttft_seconds") or {}).get("p50"), point.get("tokens_per_second")
+    what = "to the first token" if rate is not None else "a forward pass"
+    decode = f"{fmt.short(rate)} tokens/s, " if rate is not None else ""
+    runtime = " on ONNX Runtime" if (report.get("model") or {}).get("kind") == "onnx" else ""
+    return [f"Timed{runtime}: {decode}{fmt.seconds(prefill)} {what} at {where(point)}."]
 
 
 def _elsewhere(report: Report) -> list[str]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from effcli import formatting as fmt
 from effcli.reports.verdict import verdict
 
 from . import samples
@@ -44,14 +43,6 @@ def test_a_shaky_timing_says_so_beside_the_figure() -> None:
 
 def test_batches_count_in_the_rate() -> None:
     assert "80 tokens/s at batch 8" in verdict(with_decode(batch=8, time_seconds=0.1))[0]
-
-
-def test_times_alone_are_said_without_a_bound() -> None:
-    latency = samples.latency()
-    point = latency.points[0]
-    (first, *_) = verdict(replace(samples.full(), profiles={"latency": latency}).to_dict())
-    assert first.startswith(f"The first token takes {fmt.seconds(point.ttft_seconds.p50)}, each further one ")
-    assert first.endswith("why is not known without the intensity profile.")
 
 
 def test_overhead_bound_says_what_the_roofline_explains() -> None:
@@ -147,3 +138,17 @@ def test_there_is_always_a_sentence(profiles: dict[str, Any]) -> None:
     sentences = verdict(replace(samples.full(), profiles=profiles).to_dict())
     assert len(sentences) == 1
     assert all(name in sentences[0] for name in profiles)
+
+
+def test_times_alone_are_said_and_on_what_they_were_measured() -> None:
+    latency = samples.latency()
+    report = replace(samples.full(), profiles={"latency": latency})
+    timed = latency.points[0]
+    assert verdict(report.to_dict())[0].startswith("Timed: ")
+    exported = replace(report, model=replace(report.model, kind="onnx"))
+    first = replace(timed, tokens_per_second=12.5, ttft_seconds=samples.distribution(0.25))
+    sentence = verdict(replace(exported, profiles={"latency": replace(latency, points=(first,))}).to_dict())[0]
+    assert sentence == "Timed on ONNX Runtime: 12.5 tokens/s, 250 ms to the first token at batch 1, context 512."
+    once = replace(first, tpot_seconds=None, tokens_per_second=None)
+    sentence = verdict(replace(exported, profiles={"latency": replace(latency, points=(once,))}).to_dict())[0]
+    assert sentence == "Timed on ONNX Runtime: 250 ms a forward pass at batch 1, context 512."
