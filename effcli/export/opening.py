@@ -218,6 +218,8 @@ def load(source: Source, *, device: str = "auto", dtype: str = "auto") -> Loaded
     model = open(source.path, device)
     seconds = time.perf_counter() - started
     tokenizer, missing = load_tokenizer(source.path, model.config)
+    spec = described.source.get("spec")
+    made_from = (f"exported from {spec}, opset {described.opset}",) if spec else ()
     quantized = f", weights quantized to {described.quantization}" if described.quantization else ""
     return LoadedModel(
         model=model,
@@ -229,7 +231,7 @@ def load(source: Source, *, device: str = "auto", dtype: str = "auto") -> Loaded
         dtype=model.dtype,
         dtype_reason=f"as exported{quantized}",
         load_seconds=seconds,
-        notes=(*source.notes, *model.notes, *([missing] if missing else [])),
+        notes=(*source.notes, *model.notes, *made_from, *([missing] if missing else [])),
         fingerprint=fingerprint([source.path / described.weights]),
         revision=source.revision,
     )

@@ -156,6 +156,7 @@ def test_profile_times_an_export_with_the_same_instruments(
     assert (model["kind"], model["architecture"], model["layers"]) == ("onnx", "LlamaForCausalLM", 1)
     version = report["environment"]["versions"]["onnxruntime"]
     assert f"runs on ONNX Runtime {version}, CPUExecutionProvider" in model["notes"][0]
+    assert model["notes"][1].startswith("exported from ")
     for name in ("kv", "intensity"):
         with pytest.raises(BadInputError, match=f"'{name}' needs the layers"):
             effcli.profile(text_export.folder, only=(name,))
