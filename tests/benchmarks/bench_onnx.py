@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import sys
 import tempfile
@@ -20,14 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime  # noqa: F401 - so that its code is not counted as the model's memory
 import torch
-import transformers.generation  # noqa: F401 - as above
 
 import effcli
 from effcli.evaluation import evaluation_windows
 from effcli.export.exporting import export
 from effcli.recipes import Calibration, Evaluation
+from profilers.device import return_freed_memory
 from profilers.phases import token_ids
 from profilers.timing import Distribution, first_token, next_token
 
@@ -53,10 +53,14 @@ def main() -> int:
 
 
 def _measure(folder: Path, name: str, contexts: list[int], device: str) -> int:
+    effcli.load(folder, device=device)  # imports what is imported, which is not the model's memory
+    gc.collect()
+    return_freed_memory()
     held = _held_bytes()
     started = time.perf_counter()
     exported = effcli.load(folder, device=device)
     seconds = time.perf_counter() - started
+    return_freed_memory()
     memory = None if held is None else (_held_bytes() or 0) - held
     weights = exported.model.weight_size.bytes
     print(json.dumps({
