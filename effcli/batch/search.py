@@ -197,6 +197,9 @@ class Search:
             message = f"no trial keeps {' and '.join(self.spec.subject_to)}" if results else "no trial was run"
         if self._ended is not None:
             message += f"; {self._ended}"
+        refused = [reason for item in self._trials() if (reason := item.user_attrs.get("refused")) is not None]
+        if refused:
+            message += f"; {len(refused)} more cannot be run, the first because {refused[0]}"
         return SearchResult(
             name=self.name,
             minimize=self.spec.metric,
