@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, TextIO
 
 from effcli.batch.model import Event, Job, JobState, Stage
+from effcli.cli.output import perhaps_unread
 from effcli.formatting import data_size, duration, percent, printable
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ class LineView:
     def _say(self, line: str) -> None:
         stamp = datetime.fromtimestamp(self._now()).isoformat(" ", "seconds")
         count = f" [{self._done}/{self._jobs}]" if self._jobs else ""
-        self._stream.write(f"{stamp}{count} {printable(line)}\n")
-        self._stream.flush()
+        with perhaps_unread(self._stream):
+            self._stream.write(f"{stamp}{count} {printable(line)}\n")
 
 
 def _ending(state: JobState) -> str:

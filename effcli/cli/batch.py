@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from effcli.cli.options import QuietOption
-from effcli.cli.output import check_writable, warn
+from effcli.cli.output import check_writable, perhaps_unread, warn
 from effcli.errors import EXIT_OK, BadInputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -110,9 +110,11 @@ def command(
     )
     summary.write(report, where)
     if not quiet:
-        _show(report.to_dict(), where)
+        with perhaps_unread(sys.stdout):
+            _show(report.to_dict(), where)
     if ran.exit_code != EXIT_OK:
-        _name_failed(ran.states, {job.name for job in jobs})
+        with perhaps_unread(sys.stderr):
+            _name_failed(ran.states, {job.name for job in jobs})
         raise typer.Exit(ran.exit_code)
 
 
@@ -183,10 +185,13 @@ def _show(data: dict[str, Any], output: str) -> None:
     jobs = [job | {"message": ""} if job["stage"] in GOOD else job for job in data["jobs"]]
     if len(jobs) > MOST_ROWS:
         jobs = [job for job in jobs if job["stage"] not in GOOD]
-    if jobs:
-        Console(highlight=False).print(rich_table(job_table(jobs)))
-    for line in [*verdict(data), f"wrote {output}/{PAGE}", f"wrote {output}/{TABLE}"]:
-        typer.echo(line)
+    console = Console(highlight=False)
+    with console.capture() as table:  # rich itself would end the process where nobody reads
+        if jobs:
+            console.print(rich_table(job_table(jobs)))
+    lines = [*verdict(data), f"wrote {output}/{PAGE}", f"wrote {output}/{TABLE}"]
+    text = table.get() + "".join(f"{line}\n" for line in lines)
+    sys.stdout.write(text.encode(console.encoding, "replace").decode(console.encoding))
 
 
 def _name_failed(states: Sequence[JobState], asked: set[str]) -> None:

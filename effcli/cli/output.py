@@ -7,10 +7,10 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, did_you_mean
@@ -107,6 +107,16 @@ def _cannot_write(path: Path, error: OSError) -> BadInputError | NoRoomError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoRoomError(f"no space left for '{path}'; free some or choose another place with -o")
     return BadInputError(f"cannot write '{path}': {error.strerror}; choose another place with -o")
+
+
+@contextlib.contextmanager
+def perhaps_unread(stream: TextIO) -> Iterator[None]:
+    """Let the block write to a stream whose reader (head, less) may have left: the work goes on all the same."""
+    try:
+        yield
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def emit(data: dict[str, Any], chosen: Format | None, outputs: list[Path], *, quiet: bool) -> None:

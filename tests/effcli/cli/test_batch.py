@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,8 @@ jobs:
 """
 MISSED = Outcome("gate-failed", "gate 'ppl<=+1%' failed: too much. The rest is here", exit_code=3, seconds=4.0)
 BROKEN = Outcome("failed", "it broke; mend it", exit_code=2, seconds=1.0)
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
 
 Batch = Callable[..., tuple[int, str, str]]
 
@@ -146,6 +151,21 @@ def test_bad_input_is_one_line_and_exit_code_2(
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1 and says in captured.err
     assert not Path("runs").exists()
+
+
+def test_a_reader_that_leaves_stops_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "jobs.yaml").write_text(JOBS.format(source=tiny_folder), encoding="utf-8")
+    code = (
+        "import sys; from effcli.cli import batch, main; from tests.effcli.batch.fake_engine import FakeEngine; "
+        "from tests.effcli.cli.test_batch import MISSED; "
+        "batch._engine = lambda *given: FakeEngine({'last': [MISSED]}); sys.exit(main.main(['batch', 'jobs.yaml']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, cwd=tmp_path, env=ENVIRONMENT)
+    os.close(write)
+    assert done.returncode == 3
+    assert len((tmp_path / "runs" / "summary.jsonl").read_text("utf-8").splitlines()) == 5
 
 
 @pytest.mark.slow
