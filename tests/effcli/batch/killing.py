@@ -152,6 +152,8 @@ def results(output: Path) -> dict[str, object]:
     """Return what does not depend on when and how fast a job ran: results of calls, weights, measured sizes."""
     found: dict[str, object] = {}
     for path in sorted(output.glob("*/*")):
+        if path.parent.name == STATE_FOLDER:
+            continue
         name = f"{path.parent.name}/{path.name}"
         if path.suffix == ".safetensors" or path.name in ("result.json", "config.json", "tokenizer.json"):
             found[name] = path.read_bytes()
