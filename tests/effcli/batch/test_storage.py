@@ -255,7 +255,7 @@ def test_a_job_runs_the_same_way_on_a_url(tmp_path: Path) -> None:
     job = Job("nap", "call", "", "none", "x", {"function": "operator:add", "arguments": {}})
     refused = run_job(job, "memory://runs", SilentProgress())
     assert (refused.status, refused.retry) == ("failed", False)
-    passed = replace(job, settings={"function": "builtins:dict", "arguments": {"a": 1}})
+    passed = replace(job, settings={"function": "tests.effcli.batch.ray_jobs:compute", "arguments": {"loops": 3}})
     here, there = (run_job(passed, output, SilentProgress()) for output in (str(tmp_path), "memory://runs"))
     assert here.status == there.status == "passed"
     assert (here.report, here.report_sha256) == (there.report, there.report_sha256)
