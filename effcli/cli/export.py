@@ -48,7 +48,8 @@ def command(
     quiet: QuietOption = False,
 ) -> None:
     """Write a model as ONNX graphs over one file of weights, checked against torch on real text."""
-    from effcli.export.exporting import DryRun, export
+    from effcli.export.exporting import export
+    from effcli.export.job import DryRun
 
     with progress_bars(quiet=quiet) as progress:
         result = export(

@@ -16,8 +16,10 @@ import torch
 from effcli.checkpoint_files import sha256_of
 from effcli.errors import BadInputError, GateFailedError, NoRoomError
 from effcli.export import exporting
-from effcli.export.exporting import DryRun, export
+from effcli.export.exporting import export
 from effcli.export.graphs import NotExportableError
+from effcli.export.job import DryRun
+from effcli.export.report import ExportReport
 from effcli.reports.model import read_report
 from effcli.reports.render import render
 from effcli.reports.verdict import verdict
@@ -275,7 +277,7 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, effcli: Run) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3", "mistral", "falcon", "gpt_oss", "mixtral", "diffllama"])
 def test_architectures(name: str, tmp_path: Path) -> None:
     report = export(str(small.save(small.build(name), tmp_path / "source")), tmp_path / "out")
-    assert isinstance(report, exporting.ExportReport)
+    assert isinstance(report, ExportReport)
     assert report.max_absolute_error < 1e-4
     if name == "gemma3":
         assert any("sliding window" in note for note in report.notes)

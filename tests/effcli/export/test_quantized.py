@@ -14,8 +14,9 @@ import torch
 
 from effcli.errors import BadInputError
 from effcli.export import graphs
-from effcli.export.exporting import ExportReport, export
+from effcli.export.exporting import export
 from effcli.export.quantized import QuantizedWeights, Replacer, block_size, read_quantized
+from effcli.export.report import ExportReport
 from effcli.export.weights import WeightFile, save
 
 pytest.importorskip("compressed_tensors")
