@@ -275,8 +275,9 @@ def _divide_by_roots(lowered: onnx_ir.Model) -> None:
         if node.op_type != "Mul" or node.domain:
             continue
         for x, factor in (node.inputs, node.inputs[::-1]):
-            inverse = factor.producer() if factor is not None else None
-            root = inverse.inputs[0] if inverse is not None and inverse.op_type == "Reciprocal" else None
+            if factor is None or (inverse := factor.producer()) is None or inverse.op_type != "Reciprocal":
+                continue
+            root = inverse.inputs[0]
             if root is None or (producer := root.producer()) is None or producer.op_type != "Sqrt":
                 continue
             quotient = ir.node("Div", [x, root])
