@@ -67,6 +67,11 @@ class ModelCache:
             self._peaks[key] = time.monotonic(), known
         return known
 
+    def keep_only(self, spec: str) -> None:
+        """Drop the model unless it is of this source: nothing of it may take part in another's measurements."""
+        if self._model is not None and self._model.source.spec != spec:
+            self.clear()
+
     def clear(self) -> None:
         """Drop the model and give its memory back."""
         if self._model is None:

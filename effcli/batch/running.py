@@ -250,6 +250,7 @@ def _profile(job: Job, target: Path, progress: Progress, models: ModelCache) -> 
         models.clear()
         data = _pipeline_profile(job, model, progress)
     else:
+        models.keep_only(model)
         data = _model_profile(job, model, progress, models)
     text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     _publish(target, {REPORT_FILE: text, PAGE_FILE: render(data, "html")})

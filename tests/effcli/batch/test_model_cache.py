@@ -21,6 +21,10 @@ def test_a_model_is_loaded_once(tiny_folder: Path) -> None:
     first = cache.load(source, device="cpu", dtype="auto", progress=SilentProgress())
     assert cache.load(sources.resolve(str(tiny_folder)), device="cpu", dtype="auto", progress=None) is first
     assert cache.loads == 1
+    cache.keep_only(str(tiny_folder))
+    assert cache.load(source, device="cpu", dtype="auto") is first
+    cache.keep_only("another")
+    assert cache.load(source, device="cpu", dtype="auto") is not first
 
 
 def test_another_dtype_or_changed_files_are_loaded_again(tiny_folder: Path, tmp_path: Path) -> None:
