@@ -1,5 +1,7 @@
 """A batch as a process of its own, to be killed: ``python -m tests.effcli.batch.killable OUTPUT [MODEL]``.
 
+It runs on this machine, or on the Ray cluster whose address is in ``KILLABLE_ON``.
+
 Without a model, twenty calls of a function, on one worker. With one, twenty jobs that end the same whenever they are
 run: function calls, profiles without timing, and quantized copies of a tiny model, each of them read by another job.
 """
@@ -8,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from typing import Any
 
 from effcli.batch import driver, local
+from effcli.batch.engine import Engine
 from effcli.batch.fingerprint import Fingerprints
 from effcli.batch.model import Job, Limits
+from effcli.batch.ray_engine import RayEngine
 from effcli.errors import EffcliError
 
 _HERE = "tests.effcli.batch.killable"
@@ -87,7 +92,10 @@ def main() -> int:
     prints = Fingerprints(device_class=lambda name: {"type": "cpu"})  # without torch, so that it starts at once
     if not model:
         local.WORKER = (sys.executable, "-P", "-c", LIGHT)
-    engine = local.LocalEngine(workers=2 if model else 1, threads=1)
+    address = os.environ.get("KILLABLE_ON")
+    engine: Engine = local.LocalEngine(workers=2 if model else 1, threads=1)
+    if address is not None:
+        engine = RayEngine(address, workers=3)
     try:
         run = driver.run(jobs(*model) if model else calls(JOBS), output, engine, fingerprints=prints)
     except EffcliError as error:

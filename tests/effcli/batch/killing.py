@@ -8,9 +8,10 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,7 +20,7 @@ from effcli.batch.model import STATE_FOLDER
 from effcli.checkpoint_files import sha256_of
 
 _ROOT = Path(__file__).parents[3]
-_DRIVER, _WORKER, _HELPER = "driver", "worker", "its measuring process"
+_DRIVER, _WORKER, _HELPER, _NODE = "driver", "worker", "its measuring process", "Ray node"
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Killer:
     model: Path | None
     random: random.Random
     longest_seconds: float
-    killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys((_DRIVER, _WORKER, _HELPER), 0))
+    killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys((_DRIVER, _WORKER, _HELPER, _NODE), 0))
     runs: int = 0
     _staged: dict[str, set[str]] = field(default_factory=dict)
 
@@ -59,8 +60,12 @@ class Killer:
             stderr=subprocess.PIPE,
             text=True,
             cwd=_ROOT,
-            env=os.environ | {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | self.where(),
         )
+
+    def where(self) -> dict[str, str]:
+        """Return the variables that say where the batch runs."""
+        return {}
 
     @property
     def kills(self) -> int:
@@ -123,6 +128,54 @@ class Killer:
                 process = self.random.choice(below)
                 what = _WORKER if process.ppid() == driver else _HELPER
             process.kill()
+            self.killed[what] += 1
+            return what
+        return None
+
+
+@dataclass
+class RayKiller(Killer):
+    """Runs the batch on a Ray cluster of three nodes; kills drivers, workers and whole nodes in turn.
+
+    Parameters
+    ----------
+    cluster : ray.cluster_utils.Cluster
+        With a head without CPUs; a node that is killed is replaced.
+    nodes : list
+        Of the cluster, without its head.
+    add : callable
+        Starts a node.
+    """
+
+    cluster: Any = None
+    nodes: list[Any] = field(default_factory=list)
+    add: Callable[[], Any] | None = None
+
+    def where(self) -> dict[str, str]:
+        """Return the variable that names the cluster."""
+        return {"KILLABLE_ON": self.cluster.address}
+
+    def _kill_one(self, driver: int) -> str | None:
+        what = (_WORKER, _DRIVER, _NODE)[self.kills % 3]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if what == _NODE:
+                assert self.add is not None
+                gone = self.nodes.pop(self.random.randrange(len(self.nodes)))
+                self.cluster.remove_node(gone, allow_graceful=False)
+                self.nodes.append(self.add())
+            elif what == _DRIVER:
+                psutil.Process(driver).kill()
+            else:
+                raylets = [node.all_processes["raylet"][0].process.pid for node in self.nodes]
+                workers = [
+                    process
+                    for raylet in raylets
+                    for process in descendants(raylet)
+                    if "effcli.batch.worker" in " ".join(process.cmdline())
+                ]
+                if not workers:
+                    return None
+                self.random.choice(workers).kill()
             self.killed[what] += 1
             return what
         return None
