@@ -11,6 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from effcli.reports.schema import SCHEMA_MAKERS, schema_text
+
 DOCS = Path(__file__).resolve().parent
 
 
@@ -28,17 +30,12 @@ def cli_reference() -> str:
 
 def schema(report: str) -> str:
     """Return the JSON Schema of a saved report, or of the jobs file."""
-    from effcli.reports.schema import schema_text
-
     return schema_text(report)
 
 
 GENERATED = {
     DOCS / "cli.md": cli_reference,
-    **{
-        DOCS / "schema" / f"effcli.{report}-1.schema.json": partial(schema, report)
-        for report in ("profile", "optimize", "plan", "pipeline-profile", "pipeline-optimize", "jobs")
-    },
+    **{DOCS / "schema" / f"effcli.{report}-1.schema.json": partial(schema, report) for report in SCHEMA_MAKERS},
 }
 
 

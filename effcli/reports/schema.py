@@ -10,6 +10,9 @@ import sys
 from typing import Any
 
 from effcli.reports.model import (
+    BATCH_SCHEMA,
+    EXPORT_SCHEMA,
+    FRONT_SCHEMA,
     OPTIMIZE_SCHEMA,
     PIPELINE_OPTIMIZE_SCHEMA,
     PIPELINE_PROFILE_SCHEMA,
@@ -94,6 +97,30 @@ PIPELINE_OPTIMIZE_CONTRACT: dict[str, tuple[str, ...]] = {
     "Sheet": ("rows", "columns", "cell_pixels", "png_base64"),
     "PassRecord": OPTIMIZE_CONTRACT["PassRecord"],
     "GateResult": OPTIMIZE_CONTRACT["GateResult"],
+}
+BATCH_CONTRACT: dict[str, tuple[str, ...]] = {
+    "BatchReport": ("schema", "exit_code", "jobs", "searches"),
+    "JobResult": ("name", "kind", "stage", "message", "exit_code", "report", "figures"),
+    "SearchResult": ("name", "minimize", "subject_to", "best", "front"),
+}
+FRONT_CONTRACT: dict[str, tuple[str, ...]] = {
+    "FrontReport": ("schema", "quality", "entries", "fronts"),
+    "Entry": ("name", "path", "original", "figures"),
+    "Front": ("target", "members", "near", "left_out"),
+}
+EXPORT_CONTRACT: dict[str, tuple[str, ...]] = {
+    "ExportReport": (
+        "schema",
+        "format",
+        "model",
+        "task",
+        "opset",
+        "graphs",
+        "max_absolute_error",
+        "agreement",
+        "speed",
+    ),
+    "ModelInfo": PROFILE_CONTRACT["ModelInfo"],
 }
 
 
@@ -219,6 +246,34 @@ def pipeline_optimize_schema() -> dict[str, Any]:
     return definitions.finished("PipelineOptimizeReport", PIPELINE_OPTIMIZE_CONTRACT)
 
 
+def batch_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.batch/1``: the same rules; ``summary.jsonl`` has a ``JobResult`` a line."""
+    from effcli.batch.model import BatchReport
+
+    return _plain_schema(BatchReport, BATCH_SCHEMA, BATCH_CONTRACT)
+
+
+def front_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.front/1``: the same rules."""
+    from effcli.fronts import FrontReport
+
+    return _plain_schema(FrontReport, FRONT_SCHEMA, FRONT_CONTRACT)
+
+
+def export_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``effcli.export/1``: the same rules."""
+    from effcli.export.report import ExportReport
+
+    return _plain_schema(ExportReport, EXPORT_SCHEMA, EXPORT_CONTRACT)
+
+
+def _plain_schema(kind: type, name: str, contract: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    definitions = _Definitions()
+    definitions.reference(kind)
+    definitions.found[kind.__name__]["properties"]["schema"] = {"const": name}
+    return definitions.finished(kind.__name__, contract)
+
+
 def jobs_schema() -> dict[str, Any]:
     """Return the JSON Schema of ``effcli.jobs/1``, which users write: it refuses what it does not know."""
     from effcli.batch.jobs_schema import jobs_schema as made
@@ -232,6 +287,9 @@ SCHEMA_MAKERS = {
     "plan": plan_schema,
     "pipeline-profile": pipeline_profile_schema,
     "pipeline-optimize": pipeline_optimize_schema,
+    "batch": batch_schema,
+    "front": front_schema,
+    "export": export_schema,
     "jobs": jobs_schema,
 }
 

@@ -167,3 +167,14 @@ def test_the_command_writes_page_and_table(tmp_path: Path, capsys: pytest.Captur
     assert table.read_text().startswith("name,path,original,ppl,")
     assert main(["compare", str(paths[0]), str(paths[1])]) == 0  # two: held against each other, as ever
     assert "A against B" in capsys.readouterr().out
+
+
+def test_the_report_is_valid_by_its_schema(tmp_path: Path) -> None:
+    import jsonschema
+
+    from effcli.reports.schema import front_schema
+
+    found = front([run(tmp_path, "a", ppl=16, tpot=0.02, size=10**8)]).to_dict()
+    jsonschema.Draft202012Validator(front_schema()).validate(found)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(front_schema()).validate(found | {"entries": [{"name": "a"}]})

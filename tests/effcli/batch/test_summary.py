@@ -64,3 +64,15 @@ def test_files_are_replaced_whole_or_stay(tmp_path: Path) -> None:
 def test_a_job_that_was_never_run_took_no_measured_time() -> None:
     skipped = next(job for job in states.report().jobs if job.stage == "skipped")
     assert skipped.seconds is None and skipped.report is None and skipped.peak_memory_bytes is None
+
+
+def test_the_report_is_valid_by_its_schema() -> None:
+    import jsonschema
+
+    from effcli.reports.schema import batch_schema
+
+    checked = jsonschema.Draft202012Validator(batch_schema())
+    for found in (states.report(), states.hostile()):
+        checked.validate(found.to_dict())
+    with pytest.raises(jsonschema.ValidationError):
+        checked.validate({key: value for key, value in states.report().to_dict().items() if key != "exit_code"})

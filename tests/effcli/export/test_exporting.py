@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import onnx_ir
@@ -23,6 +24,7 @@ from effcli.export.job import DryRun
 from effcli.export.report import ExportReport
 from effcli.reports.model import read_report
 from effcli.reports.render import render
+from effcli.reports.schema import export_schema
 from effcli.reports.verdict import verdict
 from tests.conftest import Run
 from tests.effcli.export import small
@@ -139,6 +141,7 @@ def test_the_report_says_how_far_from_torch_and_how_fast(text_export: Exported) 
     assert saved["schema"] == "effcli.export/1"
     assert "within" in verdict(saved)[0]
     assert "1e-" in verdict(saved)[0] or "0.0" in verdict(saved)[0]
+    jsonschema.Draft202012Validator(export_schema()).validate(saved)
 
 
 @pytest.mark.parametrize("kind", ["json", "markdown", "html", "human"])
