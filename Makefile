@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-latest test-oldest lint bench docs clean
+.PHONY: demo test test-thorough test-latest test-oldest lint bench docs clean
 
 # pip takes torch from the constraints first, so that no other package's range pulls in a second build of it.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -34,7 +34,11 @@ demo: $(VENV)/.quantize
 ## Lint, types, and every test that protects the main jobs.
 test: $(VENV)/.test lint
 	$(BIN)/effcli models --fetch smollm2-135m --quiet
-	$(PYTEST) --numprocesses 2 --dist loadfile
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not thorough"
+
+## What takes longer: the same on further architectures, schemes and faults.
+test-thorough: $(VENV)/.test
+	$(PYTEST) --numprocesses 2 --dist load -m thorough
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

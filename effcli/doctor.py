@@ -30,6 +30,7 @@ PURPOSES = {
     "diffusion": "diffusers pipelines",
     "onnx": "export to and timing in ONNX Runtime",
     "ray": "more than one machine",
+    "search": "searches of a batch with Optuna",
     "test": "the tests and checks",
 }
 # Room that profiling needs beside the built-in model: reports and the hub's small files.

@@ -187,6 +187,7 @@ print(builtin_models.fetch("tiny"))
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_at_once(served):
     described = json.dumps(asdict(builtin_models.CATALOGUE[NAME]))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

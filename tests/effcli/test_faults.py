@@ -116,6 +116,7 @@ def test_a_corrupted_staged_file_is_named(effcli: Run, model: Path, killed: Path
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_source_or_recipe_that_changed_is_not_resumed(effcli: Run, model: Path, killed: Path, tmp_path: Path) -> None:
     other = shutil.copytree(model, tmp_path / "model")
     tensors = load_file(other / "model.safetensors")

@@ -46,6 +46,7 @@ def test_what_even_the_better_end_misses_is_given_up(gate: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_ends_at_its_first_look_and_goes_on_with_other_gates(tiny_folder: Path, tmp_path: Path) -> None:
     def recipe(gate: str) -> Any:
         return from_mapping(

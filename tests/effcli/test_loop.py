@@ -100,6 +100,7 @@ def test_the_report_counts_each_block_once(made: Path, tiny_folder: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_looped_checkpoint_can_be_quantized_later(tiny_folder: Path, tmp_path: Path) -> None:
     optimize(str(tiny_folder), recipe(LOOP), tmp_path / "looped", context=64)
     rtn = {"quantize": {"scheme": "w4a16", "group_size": 16, "method": "rtn"}}
@@ -154,6 +155,7 @@ def test_a_looped_checkpoint_of_an_unknown_architecture_is_named(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_healing_that_is_killed_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
     healed = {"heal_tokens": 60 * 64, "heal_length": 16, "heal_batch": 4, "checkpoint_minutes": 0}
     given = "loop:" + ",".join(f"{key}={value}" for key, value in (LOOP["loop"] | healed).items())

@@ -62,7 +62,7 @@ def test_the_folder_holds_what_is_promised(made: tuple[Path, Any], source: Path)
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-        "effcli.json", "report.json", "report.html", "README.md", "LICENSE",
+        "effcli.json", "report.json", "report.html", "README.md", "LICENSE", "SHA256SUMS",
     }  # fmt: skip
     assert sorted(path.name for path in out.parent.iterdir()) == ["out", "task.jsonl"]
     about = provenance.read(out)

@@ -167,6 +167,7 @@ def test_what_the_cluster_does_not_have_is_said(connected: RayEngine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_jobs_that_do_not_fit_together_wait(connected: RayEngine, output: Path) -> None:
     told = output / "told"
     jobs = [replace(call(f"n{n}", "nap", seconds=60, told=f"{told}{n}"), labels={"zone": "a"}) for n in range(2)]
@@ -205,6 +206,7 @@ def test_nodes_that_are_not_as_this_machine_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_outputs_on_a_url(connected: RayEngine, output: Path) -> None:
     run(connected, [call("far", "where")], f"file://{output}")
     assert set(result(output, "far")) == {"pid", "gpus", "threads"}
@@ -248,6 +250,7 @@ class KillANode:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_node_killed_at_its_work_costs_its_current_pass(
     cluster: Any, connected: RayEngine, output: Path, tiny_folder: Path
 ) -> None:

@@ -223,6 +223,7 @@ def test_a_gate_that_fails_is_told_even_without_its_report(tmp_path: Path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_gates_that_fail_keep_the_work_for_gates_that_hold(tiny_folder: Path, tmp_path: Path) -> None:
     def job(gate: str) -> Job:
         settings = {"recipe": RECIPE | {"gates": [gate]}, "context": 32}

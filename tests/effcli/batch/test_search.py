@@ -267,6 +267,7 @@ def test_a_missing_optuna_says_what_to_install(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_search_over_schemes_of_a_real_model(tmp_path: Path, tiny_folder: Path) -> None:
     """8 bits keep the gate and 4 bits clearly do not: one is published, the other ends at its first look."""
     from effcli.batch import driver

@@ -62,6 +62,7 @@ def test_a_part_that_fails_says_why(spread: EngineSpread) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_part_that_is_lost_twice_says_how_to_go_on(spread: EngineSpread) -> None:
     with pytest.raises(PassError, match=r"lost twice: its worker was killed \(signal 9\)"):
         spread.map(f"{HERE}:die", [{"number": 0}])

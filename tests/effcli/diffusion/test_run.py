@@ -225,6 +225,7 @@ def test_dry_run_measures_and_writes_nothing(source, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_calibration_goes_on_where_it_was(source, tmp_path):
     out = tmp_path / "out"
     command = [

@@ -152,6 +152,7 @@ def test_a_quantized_checkpoint_keeps_its_integers(tmp_path: Path, weights: dict
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_blocks_that_layers_share_are_stored_once(tmp_path: Path) -> None:
     from passes.loop import targets
     from passes.loop.convert import convert

@@ -231,6 +231,7 @@ def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_build_for_any_processor_of_the_family() -> None:
     """The code for processors without the instructions that this one may have."""
     code = (

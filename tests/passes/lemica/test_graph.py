@@ -249,7 +249,7 @@ class Encoder:
 
 def test_prompts_are_encoded_once() -> None:
     pipeline = Encoder()
-    with graph._encoding_prompts_once(pipeline):
+    with graph.encoding_prompts_once(pipeline):
         first = pipeline.encode_prompt(["a", "b"], device=torch.device("cpu"))
         assert torch.equal(pipeline.encode_prompt(["a", "b"], device=torch.device("cpu")), first)
         assert pipeline.calls == 1

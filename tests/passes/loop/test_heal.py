@@ -191,6 +191,7 @@ def test_too_short_a_text() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
     from passes.loop import launched
     from profilers.base import SilentProgress

@@ -292,6 +292,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_report_compares_the_looped_model_with_its_twin(
     text: Path, config: Path, twin: Path, tmp_path: Path
 ) -> None:
@@ -330,6 +331,7 @@ def test_the_report_compares_the_looped_model_with_its_twin(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_an_interrupted_twin_is_gone_on_with(text: Path, config: Path, twin: Path, tmp_path: Path) -> None:
     class StopAtTwin(StopAt):
         def task(self, description: str, total: float | None = None) -> Any:
