@@ -29,7 +29,7 @@ def copied(text_export: Exported, tmp_path: Path) -> Path:
     return Path(shutil.copytree(text_export.folder, tmp_path / "copied"))
 
 
-def test_loads_as_the_issue_says_and_as_before(text_export: Exported) -> None:
+def test_loads_as_a_pair_and_generates_by_itself(text_export: Exported) -> None:
     loaded = effcli.load(text_export.folder, device="cpu")
     model, tokenizer = loaded
     assert isinstance(model, OnnxCausalLM)
