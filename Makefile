@@ -38,7 +38,7 @@ test: $(VENV)/.test lint
 
 ## What takes longer: the same on further architectures, schemes and faults.
 test-thorough: $(VENV)/.test
-	$(PYTEST) --numprocesses 2 --dist load -m thorough
+	$(PYTEST) --numprocesses 2 --dist loadfile -m thorough
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
