@@ -93,6 +93,7 @@ def test_a_run_killed_in_every_stage_is_finished_by_resume(effcli: Run, model: P
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_unfinished_work_needs_a_decision(effcli: Run, model: Path, killed: Path) -> None:
     done = effcli("optimize", model, *PASS, "-o", killed)
     assert done.returncode == 2
@@ -132,6 +133,7 @@ def test_a_source_or_recipe_that_changed_is_not_resumed(effcli: Run, model: Path
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_failing_gate_publishes_nothing_and_a_looser_one_resumes(effcli: Run, model: Path, killed: Path) -> None:
     done = effcli("optimize", model, *PASS, "-o", killed, "--resume", "--gate", "size<=0.1x", "--gate", "kl<=1")
     assert done.returncode == 3, done.stderr
@@ -167,6 +169,7 @@ def test_ctrl_c_keeps_what_was_finished(model: Path, killed: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_disk_that_fills_up_is_no_loss(effcli: Run, model: Path, staged: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "size=72m") as small:
         out = small / "out"
@@ -199,6 +202,7 @@ def test_a_disk_that_fills_up_is_no_loss(effcli: Run, model: Path, staged: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_weights_that_hold_nan_are_named(effcli: Run, model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(model, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
@@ -211,6 +215,7 @@ def test_weights_that_hold_nan_are_named(effcli: Run, model: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
+@pytest.mark.thorough
 def test_a_model_with_nothing_to_quantize_is_refused(effcli: Run, tmp_path: Path) -> None:
     model = save_tiny("gpt2", tmp_path / "gpt2")  # its layers are Conv1D
     done = effcli("optimize", model, *PASS, "-o", "out")
@@ -219,6 +224,7 @@ def test_a_model_with_nothing_to_quantize_is_refused(effcli: Run, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_a_text_that_is_too_short_is_refused(effcli: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("hello")
     done = effcli("optimize", model, *PASS, "-o", "out", "--calibration-text", "short.txt")
@@ -226,6 +232,7 @@ def test_a_text_that_is_too_short_is_refused(effcli: Run, model: Path, tmp_path:
     assert "the calibration text has 5 tokens" in done.stderr
 
 
+@pytest.mark.thorough
 def test_an_output_that_cannot_be_is_refused(effcli: Run, model: Path, tmp_path: Path) -> None:
     for out, said in ((model / "out", "is inside the source"), (model, "is inside the source")):
         done = effcli("optimize", model, *PASS, "-o", out)

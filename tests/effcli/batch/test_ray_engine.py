@@ -123,6 +123,7 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_jobs_run_on_the_nodes_that_they_ask_for(connected: RayEngine, output: Path) -> None:
     jobs = [replace(call(f"{zone}{number}"), labels={"zone": zone}) for number in range(2) for zone in "ab"]
     events = run(connected, jobs, output)

@@ -134,6 +134,7 @@ def test_a_terminal_gets_colour(saved: Path) -> None:
     assert ESCAPE in screen
 
 
+@pytest.mark.thorough
 def test_ctrl_c_leaves_no_half_file(tiny_folder: Path, tmp_path: Path) -> None:
     code, screen = _in_terminal(
         ["profile", str(tiny_folder), "--only", "sinks", "--sequences", "1000000", "-o", "x.json"],

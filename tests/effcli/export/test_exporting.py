@@ -271,6 +271,7 @@ def test_the_module_of_an_op_that_onnx_lacks_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_command_says_what_it_wrote(tmp_path: Path, effcli: Run) -> None:
     small.save(small.build_encoder(), tmp_path / "source")
     done = effcli("export", "source", "--format", "onnx", "-o", "out")
