@@ -207,7 +207,9 @@ def test_a_stage_is_there_as_soon_as_it_is_finished(tmp_path: Path, monkeypatch:
         with open_staging(Path(output) / "job", {"source": {}}, resume=True, force=False) as staging:
             (staging.begin("pass-1") / "weights.bin").write_text("1")
             staging.finish("pass-1", {})
-            wait_for(lambda: store.exists(".job.effcli/state.json"))
+            wait_for(
+                lambda: store.exists(".job.effcli/state.json") and b"pass-1" in store.read(".job.effcli/state.json")
+            )
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
