@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli import provenance, staging
-from effcli.checkpoint_files import CONFIG, combined_sha256, find_weights, sha256_of
+from effcli.checkpoint_files import CONFIG, combined_sha256, find_weights, sha256_of, verify_files
 from effcli.errors import BadInputError, InterruptedRunError, SourceError
 from effcli.sources import Source
 from passes.base import Pass, SourceContext
@@ -291,10 +291,8 @@ def _is_finished(folder: Path, fingerprint: staging.Fingerprint, item: Pass, opt
 
 
 def _source(folder: Path, spec: str, item: Pass) -> Source:
-    from effcli.checkpoint import verify_files
-
     made = provenance.read(folder)
     assert made is not None
-    verify_files(folder, made)
+    verify_files(folder, made.files, provenance.FILE)
     notes = (f"pass '{item.name}' made the original from '{spec}': '{folder}'", *made.source["notes"])
     return Source(str(folder), "folder", folder, notes=notes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from effcli import loading, provenance, sources
-from effcli.checkpoint_files import sha256_of
+from effcli.checkpoint_files import verify_files
 from effcli.errors import SourceError
 
 if TYPE_CHECKING:
@@ -107,35 +107,13 @@ def load(
     if verify:
         if made is None or resolved.path is None:
             raise SourceError(f"'{source}' has no {provenance.FILE}, so there is nothing to verify it with")
-        verify_files(resolved.path, made)
+        verify_files(resolved.path, made.files, provenance.FILE)
     loaded = loading.load(resolved, device=device, dtype=dtype, kernels=kernels, progress=progress, **trust)
     if compile:
         from profilers.compiled import compile_decode
 
         compile_decode(loaded.model)
     return Loaded(loaded, made)
-
-
-def verify_files(folder: Path, made: Provenance) -> None:
-    """Compare the files of a checkpoint with what ``effcli.json`` says of them.
-
-    Raises
-    ------
-    SourceError
-        Naming the first file that is missing or has another sha256.
-    """
-    for name, expected in sorted(made.files.items()):
-        path = folder / name
-        if not path.is_file():
-            raise SourceError(
-                f"'{folder}' lacks '{name}', which its {provenance.FILE} lists; fetch the checkpoint again"
-            )
-        found = sha256_of(path)
-        if found != expected:
-            raise SourceError(
-                f"'{path}' has sha256 {found[:12]}… and {provenance.FILE} says {expected[:12]}…: it was damaged or "
-                "changed; fetch the checkpoint again"
-            )
 
 
 def measure_compiled_decode(model: PreTrainedModel, context: int) -> CompiledDecode:

@@ -19,6 +19,8 @@ from effcli.errors import SourceError, did_you_mean
 
 CONFIG = "config.json"
 PIPELINE = "model_index.json"
+ONNX_EXPORT = "effcli-onnx.json"
+"""What an ONNX export says of itself; a folder that has one is an export."""
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
@@ -227,6 +229,36 @@ def sha256_of(path: Path) -> str:
     """Return the file's sha256 as hexadecimal text."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def verify_files(folder: Path, files: Mapping[str, str], record: str) -> None:
+    """Compare the files of a folder with the sha256 that its record gives of each.
+
+    Parameters
+    ----------
+    folder : Path
+    files : mapping
+        sha256 by name.
+    record : str
+        Name of the file that says so.
+
+    Raises
+    ------
+    SourceError
+        If there is nothing to compare with, or naming the first file that is missing or has another sha256.
+    """
+    if not files:
+        raise SourceError(f"'{folder / record}' lists no sha256, so there is nothing to verify it with; make it again")
+    for name, expected in sorted(files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise SourceError(f"'{folder}' lacks '{name}', which its {record} lists; fetch or copy the folder again")
+        found = sha256_of(path)
+        if found != expected:
+            raise SourceError(
+                f"'{path}' has sha256 {found[:12]}… and {record} says {expected[:12]}…: it was damaged or changed; "
+                "fetch or copy the folder again"
+            )
 
 
 def fingerprint(files: Iterable[Path]) -> str:

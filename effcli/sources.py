@@ -23,15 +23,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effcli import builtin_models
-from effcli.checkpoint_files import CONFIG, PICKLE_SUFFIXES, PIPELINE, check_safetensors, find_weights, read_json
+from effcli.checkpoint_files import (
+    CONFIG,
+    ONNX_EXPORT,
+    PICKLE_SUFFIXES,
+    PIPELINE,
+    check_safetensors,
+    find_weights,
+    read_json,
+)
 from effcli.errors import SourceError, did_you_mean
 
 if TYPE_CHECKING:
     from profilers.base import Progress
 
 PIPELINE_NOTE = "a diffusers pipeline: 'effcli profile' and 'effcli optimize' take a local folder of one"
-ONNX = "effcli-onnx.json"
-"""What an export says of itself; a folder that has one is an export."""
 CONFIG_NOTE = "only a config is given: counted without weights, as with --config-only"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
@@ -204,14 +210,14 @@ def _from_folder(spec: str, folder: Path, *, config_only: bool, allow_pickle: bo
 def is_export(folder: Path) -> bool:
     """Return whether a folder is one that ``effcli export`` wrote."""
     try:
-        return (folder.expanduser() / ONNX).is_file()
+        return (folder.expanduser() / ONNX_EXPORT).is_file()
     except (OSError, RuntimeError):  # a name that no path can have
         return False
 
 
 def export_refused(spec: str, folder: Path) -> SourceError:
     """Return the error for a command that needs the torch model and was given its export."""
-    made_from = (read_json(folder / ONNX).get("source") or {}).get("spec")
+    made_from = (read_json(folder / ONNX_EXPORT).get("source") or {}).get("spec")
     return SourceError(
         f"'{spec}' is an ONNX export, which 'effcli profile' and effcli.load run; "
         f"here, give the model that it was made from{f': {made_from}' if isinstance(made_from, str) else ''}"

@@ -25,7 +25,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from effcli.checkpoint_files import CONFIG, PIPELINE, sha256_of
+from effcli import provenance
+from effcli.checkpoint_files import CONFIG, ONNX_EXPORT, PIPELINE, sha256_of
 from effcli.disk import new_file_mode
 from effcli.errors import BadInputError, NoRoomError, SourceError
 
@@ -35,7 +36,7 @@ _LOCK = "lock"
 _OUT = "out"
 _REPLACED = "replaced"
 _WORK_SUFFIX = ".work"
-_RECORDS = ("effcli.json", "effcli-onnx.json")
+_RECORDS = (provenance.FILE, ONNX_EXPORT)
 """What a checkpoint or an export says of itself, with the sha256 of its files."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}

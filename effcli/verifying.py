@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from effcli import provenance, signature
-from effcli.checkpoint_files import find_weights, fingerprint, read_json
+from effcli.checkpoint_files import ONNX_EXPORT, find_weights, fingerprint, read_json
 from effcli.errors import BadInputError, SourceError
 from effcli.provenance import Provenance
 from effcli.recipes import from_mapping
@@ -30,8 +30,6 @@ from effcli.reports.model import (
     read_report,
 )
 from effcli.sources import Source
-
-EXPORTED = "effcli-onnx.json"
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ def verify(folder: Path | str, *, expected: str | None = None) -> Verification:
     if not folder.is_dir():
         raise BadInputError(f"'{folder}' is no folder; give the one that effcli optimize or effcli export wrote")
     made = provenance.read(folder)
-    exported = (folder / EXPORTED).is_file()
+    exported = (folder / ONNX_EXPORT).is_file()
     if made is None and not exported:
-        raise BadInputError(f"'{folder}' has neither {provenance.FILE} nor {EXPORTED}, so effcli did not write it")
+        raise BadInputError(f"'{folder}' has neither {provenance.FILE} nor {ONNX_EXPORT}, so effcli did not write it")
     count, signed = signature.check(folder)
     if expected is not None and (len(expected) < 12 or not signed.startswith(expected.lower())):
         raise SourceError(f"'{folder}' has signature {signed}, not '{expected}': it is not the same checkpoint")
@@ -150,12 +148,12 @@ def _audit(folder: Path, made: Provenance, report: Mapping[str, Any]) -> int:
 
 
 def _check_exported(folder: Path) -> None:
-    report, record, sums = read_report(folder), read_json(folder / EXPORTED), signature.read(folder)
+    report, record, sums = read_report(folder), read_json(folder / ONNX_EXPORT), signature.read(folder)
     files, source = mapping(record.get("files")), mapping(record.get("source"))
     same = files and all(sums.get(name) == digest for name, digest in files.items())
     measured = mapping(report.get("model")).get("fingerprint")
     if not same or report["schema"] != EXPORT_SCHEMA or source.get("fingerprint") != measured:
         raise SourceError(
-            f"'{folder}': {EXPORTED} lists other files than those here, or another model than {REPORT_FILE}, so the "
+            f"'{folder}': {ONNX_EXPORT} lists other files than those here, or another model than {REPORT_FILE}, so the "
             "report is of another export"
         )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
     from effcli.batch.jobs_file import JobsFile
+    from effcli.batch.keeping import Fingerprinting
 
 _TRIES = 64
 """Trials in a row that were tried before, or that a pass refuses, after which a search has nothing new to try."""
@@ -48,7 +49,7 @@ _SAME_FAILURES = 3
 """A search whose first jobs all fail alike is not going to find anything."""
 
 
-def searches(file: JobsFile, output: str, *, parallel: int | None = None) -> list[Search]:
+def searches(file: JobsFile, output: str, fingerprints: Fingerprinting, *, parallel: int | None = None) -> list[Search]:
     """Return the searches of a jobs file.
 
     Parameters
@@ -56,6 +57,7 @@ def searches(file: JobsFile, output: str, *, parallel: int | None = None) -> lis
     file : JobsFile
     output : str
         An absolute folder or a URL.
+    fingerprints : Fingerprinting
     parallel : int, optional
         As for :class:`Search`; default: the file's ``workers``, else 1.
 
@@ -63,10 +65,9 @@ def searches(file: JobsFile, output: str, *, parallel: int | None = None) -> lis
     ------
     BadInputError
     """
-    from effcli.batch.fingerprint import Fingerprints
     from effcli.batch.matrix import search_job
 
-    found, fingerprints = [], Fingerprints()
+    found = []
     for name, spec in file.search.items():
         base = search_job(file, name)
         try:

@@ -89,13 +89,13 @@ def command(
     on = _engine(engine, address, workers or file.workers)
     jobs, names = _chosen(matrix.jobs(file), {name: matrix.search_job(file, name) for name in file.search}, only)
     parallel = workers or file.workers or (len(on.workers()) if engine is EngineName.local else SEARCH_JOBS)
-    sources = [found for found in searches(file, where, parallel=parallel) if found.name in names]
+    hashes = Fingerprints(None if dry_run else state_folder(where) / "hashes.json")
+    sources = [found for found in searches(file, where, hashes, parallel=parallel) if found.name in names]
     if dry_run:
         with on:
-            for line in driver.dry_run(jobs, where, on, fingerprints=Fingerprints(), sources=sources):
+            for line in driver.dry_run(jobs, where, on, fingerprints=hashes, sources=sources):
                 typer.echo(line)
         return
-    hashes = Fingerprints(state_folder(where) / "hashes.json")
     ran = driver.run(jobs, where, on, fingerprints=hashes, sources=sources, view=_view(prometheus, quiet=quiet))
     report = summary.batch_report(
         ran.states,

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from effcli import signature
 from effcli.assembly import is_companion
-from effcli.checkpoint_files import CONFIG, sha256_of
+from effcli.checkpoint_files import CONFIG, ONNX_EXPORT, sha256_of
 from effcli.disk import free_bytes
 from effcli.errors import BadInputError, GateFailedError, NoRoomError
 from effcli.export import checking, graphs, tasks
+from effcli.export.opening import FORMAT
 from effcli.export.report import Agreement, ExportReport, GraphInfo, QuantizedLayers, Speed
 from effcli.export.weights import WeightFile, save
 from effcli.formatting import data_size
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from effcli.staging import Staging
     from profilers.base import Progress
 
-FORMAT = "effcli.onnx/1"
-RECORD = "effcli-onnx.json"
 WEIGHTS = "weights.bin"
 TOLERANCES = {"float32": 1e-3, "float16": 0.25, "bfloat16": 1.0}
 """Largest difference of a logit that is let pass, by dtype; rounding to the dtype alone moves logits of 20 by this."""
@@ -366,7 +365,7 @@ class Job:
             "versions": report.environment.versions,
             "files": files,
         }
-        (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / ONNX_EXPORT).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         signature.write(out, files)
 
 

@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.checkpoint_files import CONFIG, fingerprint, read_json
+from effcli.checkpoint_files import CONFIG, ONNX_EXPORT, fingerprint, read_json, verify_files
 from effcli.errors import BadInputError, NoRoomError, SourceError
 from effcli.formatting import data_size
 from effcli.reports.model import REPORT_FILE
-from effcli.sources import ONNX, Source
+from effcli.sources import Source
 
 if TYPE_CHECKING:
     from effcli.export.generating import OnnxModel
     from effcli.loading import LoadedModel
     from profilers.weights import WeightSize
 
-FORMAT = "effcli.onnx/"
-VERSION = "effcli.onnx/1"
+FORMAT = "effcli.onnx/1"
 TEXT_GENERATION = "text-generation"
 
 
@@ -68,17 +67,17 @@ def read(folder: str | Path) -> Description:
     SourceError
         If the folder is no export, of another version, or lacks a file.
     """
-    path = Path(folder) / ONNX
+    path = Path(folder) / ONNX_EXPORT
     if not path.is_file():
         raise SourceError(
-            f"'{folder}' has no {ONNX}, so it is no export; make one with: effcli export MODEL -o {folder}"
+            f"'{folder}' has no {ONNX_EXPORT}, so it is no export; make one with: effcli export MODEL -o {folder}"
         )
     data = read_json(path)
     form = data.get("format")
-    if form != VERSION:
-        newer = isinstance(form, str) and form.startswith(FORMAT)
+    if form != FORMAT:
+        newer = isinstance(form, str) and form.startswith(FORMAT.rpartition("/")[0])
         raise SourceError(
-            f"'{path}' has format {form!r} and this effcli reads '{VERSION}'; "
+            f"'{path}' has format {form!r} and this effcli reads '{FORMAT}'; "
             + ("update effcli, or export the model again" if newer else "export the model again")
         )
     try:
@@ -102,7 +101,9 @@ def read(folder: str | Path) -> Description:
         if Path(name).name != name:
             raise SourceError(f"'{path}' names '{name}', which is not in its folder; export the model again")
         if not (path.parent / name).is_file():
-            raise SourceError(f"'{folder}' lacks '{name}', which its {ONNX} names; copy it again, or export again")
+            raise SourceError(
+                f"'{folder}' lacks '{name}', which its {ONNX_EXPORT} names; copy it again, or export again"
+            )
     return found
 
 
@@ -152,7 +153,7 @@ def open(  # noqa: A001 - it opens
 
     path = Path(folder)
     if verify:
-        _verify(path, described)
+        verify_files(path, described.files, ONNX_EXPORT)
     chosen, reason = _device(device)
     name = graph or ("decode" if described.task == TEXT_GENERATION else "model")
     if name not in described.graphs:
@@ -261,22 +262,6 @@ def _device(name: str) -> tuple[Any, str]:
     if name == "auto":
         return torch.device("cpu"), lacks
     raise BadInputError(f"device '{name}': {lacks}; give --device cpu, or pip install 'effcli[onnx]' for CUDA")
-
-
-def _verify(folder: Path, described: Description) -> None:
-    from effcli.checkpoint_files import sha256_of
-
-    if not described.files:
-        raise SourceError(f"'{folder / ONNX}' lists no sha256, so there is nothing to verify it with; export again")
-    for name, expected in sorted(described.files.items()):
-        path = folder / name
-        if not path.is_file():
-            raise SourceError(f"'{folder}' lacks '{name}', which its {ONNX} lists; copy it again, or export again")
-        if (found := sha256_of(path)) != expected:
-            raise SourceError(
-                f"'{path}' has sha256 {found[:12]}… and {ONNX} says {expected[:12]}…: it was damaged or changed; "
-                "copy it again, or export again"
-            )
 
 
 def _inspect(path: Path) -> tuple[WeightSize, bool]:

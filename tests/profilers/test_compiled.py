@@ -14,6 +14,7 @@ CONTEXT = 12
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_compiled_steps_give_the_eager_logits_and_are_timed_beside_them() -> None:
     model = build("llama")
     ids = token_ids(model, 1, CONTEXT)

@@ -293,8 +293,9 @@ search:
 """)
     output = str(tmp_path / "runs")
     for expected in (["gate-failed", "passed"], ["kept"]):
-        (search,) = searches(read(tmp_path / "jobs.yaml", {}), output)
-        ran = driver.run([], output, LocalEngine(1, threads=1), fingerprints=Fingerprints(), sources=[search])
+        hashes = Fingerprints()
+        (search,) = searches(read(tmp_path / "jobs.yaml", {}), output, hashes)
+        ran = driver.run([], output, LocalEngine(1, threads=1), fingerprints=hashes, sources=[search])
         assert [state.stage for state in ran.states] == expected
         assert ran.exit_code == 0
         result = search.result()

@@ -14,6 +14,7 @@ import torch
 
 import effcli
 from effcli import loading, recipes, sources
+from effcli.checkpoint_files import ONNX_EXPORT
 from effcli.errors import BadInputError, SourceError
 from effcli.export import opening
 from effcli.export.generating import OnnxCausalLM
@@ -96,7 +97,7 @@ def test_verifies_every_file(copied: Path) -> None:
 
 
 def _described(folder: Path, **changes: Any) -> None:
-    path = folder / sources.ONNX
+    path = folder / ONNX_EXPORT
     data = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
 
@@ -104,8 +105,8 @@ def _described(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / sources.ONNX).unlink(), "is no export"),
-        (lambda folder: (folder / sources.ONNX).write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / ONNX_EXPORT).unlink(), "is no export"),
+        (lambda folder: (folder / ONNX_EXPORT).write_text("{"), "not valid JSON"),
         (lambda folder: _described(folder, format="effcli.onnx/9"), "effcli.onnx/9.*update effcli"),
         (lambda folder: _described(folder, format="other"), "format 'other'"),
         (lambda folder: _described(folder, graphs=...), "damaged"),
@@ -178,7 +179,7 @@ def test_the_command_profiles_an_export(text_export: Exported, effcli: Run) -> N
 
 
 def test_what_needs_the_torch_model_says_what_to_give(text_export: Exported, tmp_path: Path) -> None:
-    named = json.loads((text_export.folder / sources.ONNX).read_text())["source"]["spec"]
+    named = json.loads((text_export.folder / ONNX_EXPORT).read_text())["source"]["spec"]
     recipe = recipes.from_mapping({"version": 1, "passes": [{"quantize": {"scheme": "w8a16"}}]})
     folder = str(text_export.folder)
     for refused in (

@@ -367,6 +367,7 @@ build(dit(layers=2), SAMPLES, steps=STEPS, max_gap=GAP, arguments={}, work=Path(
 """
 
 
+@pytest.mark.thorough
 def test_a_killed_build_goes_on(tmp_path: Path) -> None:
     journal = tmp_path / "work/journal.jsonl"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "work")], cwd=Path(__file__).parents[3])
