@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -59,6 +60,7 @@ _ERRORS = (EffcliError, PassError, ProfilerError)
 _ADVANCE_SECONDS = 0.1
 """Steps of a progress line are sent at most this often."""
 _STOP_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 _LOG_LINES = 3
 
 
@@ -253,8 +255,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops this process
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with messages
-    for module in _PRELOADED:
-        importlib.import_module(module)
+    with _ending_with_parent():
+        for module in _PRELOADED:
+            importlib.import_module(module)
     sender = _Sender(messages)
     # Imports start no computing threads of torch, so a fork is safe; a job's process never comes back here.
     while line := sys.stdin.readline().strip():
@@ -305,6 +308,28 @@ def _reported(error: Exception) -> Exception | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoRoomError(f"no space left on the disk of '{error.filename}'; free some and run again with --resume")
     return None
+
+
+@contextlib.contextmanager
+def _ending_with_parent() -> Iterator[None]:
+    """End this process during the block, which may take long on a busy machine, if standard input closes.
+
+    A timer looks, and no thread: this process forks later.
+    """
+    standard_input = select.poll()
+    standard_input.register(sys.stdin, select.POLLHUP)
+
+    def look(*_: object) -> None:
+        if any(event & select.POLLHUP for _, event in standard_input.poll(0)):
+            os._exit(EXIT_INTERRUPTED)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _exit_with_parent() -> None:

@@ -133,15 +133,25 @@ def test_leaving_ends_a_worker_that_waits() -> None:
     assert not psutil.pid_exists(pid)
 
 
-def test_no_worker_outlives_its_parent() -> None:
+@pytest.mark.parametrize("import_seconds", [0, 600])
+def test_no_worker_outlives_its_parent(tmp_path: Path, import_seconds: int) -> None:
+    """Not even one that still imports, as it does for long on a busy machine."""
+    if import_seconds:
+        (tmp_path / "transformers.py").write_text(
+            f"import pathlib, time\npathlib.Path(__file__).with_name('begun').touch()\ntime.sleep({import_seconds})\n"
+        )
     code = (
-        "import time; from effcli.worker import Worker; w = Worker(); print(w._process.pid, flush=True); time.sleep(60)"
+        f"import sys, time; sys.path.insert(0, {str(tmp_path)!r}); from effcli.worker import Worker; w = Worker(); "
+        "print(w._process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
+        deadline = time.monotonic() + 60
+        while import_seconds and not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline, "the worker does not start"
+            time.sleep(0.05)
         parent.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
