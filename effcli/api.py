@@ -37,6 +37,7 @@ PROFILER_ORDER = ("latency", "intensity", "kv", "sinks", "energy", "outliers")
 
 # What can be measured from outside, by the clock and the GPU's meter, on a model whose layers another runtime runs.
 ONNX_PROFILERS = ("latency", "energy")
+HIDDEN_IN_GRAPHS = "measured on ONNX Runtime, which shows nothing of what happens inside a graph"
 VERSIONED_PACKAGES = ("effcli", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
@@ -384,8 +385,7 @@ def _on_onnx(
     """Of an export, leave out the profilers that look into a model; refuse if the user named one of them."""
     if config_only:
         raise BadInputError(f"'{spec}' is an ONNX export; count without weights with the model it was made from")
-    why = "measured on ONNX Runtime, which shows nothing of what happens inside a graph"
-    skipped = {item.name: why for item in selected if item.name not in ONNX_PROFILERS}
+    skipped = {item.name: HIDDEN_IN_GRAPHS for item in selected if item.name not in ONNX_PROFILERS}
     if asked_for and skipped:
         raise BadInputError(
             f"profiler '{next(iter(skipped))}' needs the layers of a torch model and '{spec}' is an ONNX export; give "

@@ -18,6 +18,7 @@ from effcli.reports.optimize_model import (
     CompiledDecode,
     GateResult,
     KernelAgreement,
+    OnnxResult,
     OptimizeReport,
     PlannedPass,
     Size,
@@ -47,12 +48,14 @@ class Results:
     planned : tuple of PlannedPass
     passes : tuple of dict
         ``record`` and ``audit`` of each.
+    exported : OnnxResult or None
     """
 
     before: Mapping[str, Any]
     planned: tuple[PlannedPass, ...]
     passes: tuple[Mapping[str, Any], ...]
     after: Mapping[str, Any]
+    exported: OnnxResult | None = None
 
 
 def is_companion(path: Path) -> bool:
@@ -80,6 +83,12 @@ def finish(job: Job, staging: Staging, results: Results, times: Times) -> Optimi
         manifest.pop(provenance.FILE, None)
         for name in manifest:
             link_or_copy(made / name, out / name)
+        exported = {}
+        if results.exported is not None:
+            folder = results.exported.folder
+            exported = {f"{folder}/{name}": digest for name, digest in staging.manifest(folder).items()}
+            for name in exported:
+                link_or_copy(staging.folder / name, out / name)
         described = provenance_of(job, results.before["dtype"], records, manifest)
         (out / provenance.FILE).write_text(described.to_json(), encoding="utf-8")
     report = build_report(job, results, records, times)
@@ -93,7 +102,7 @@ def finish(job: Job, staging: Staging, results: Results, times: Times) -> Optimi
         original_card=original_card(job.source),
     )
     (out / CARD).write_text(card, encoding="utf-8")
-    signature.write(out, manifest)
+    signature.write(out, manifest | exported)
     staging.publish(force=job.options.force)
     return report
 
@@ -160,7 +169,7 @@ def build_report(job: Job, results: Results, records: tuple[PassRecord, ...], ti
     ).evaluate(job.gates)
     own = sum(item.seconds for item in times.stages if item.own)
     total = sum(item.seconds for item in times.stages)
-    agreement, compiled = results.after["agreement"], results.after["compiled"]
+    agreement, compiled, exported = results.after["agreement"], results.after["compiled"], results.exported
     return OptimizeReport(
         schema=OPTIMIZE_SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -194,9 +203,11 @@ def build_report(job: Job, results: Results, records: tuple[PassRecord, ...], ti
             *planning.slower_warnings(results.planned),
             *profile_warnings("before", results.before),
             *profile_warnings("after", results.after),
+            *(profile_warnings("ONNX Runtime", {"profile": exported.profile}) if exported is not None else ()),
         ),
         output=job.output,
         measured=tuple(_measured_from(data) for data in results.after["measured"]),
+        after_onnx=exported,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effcli import planning
+from effcli import onnx_stage, planning
 from effcli.disk import free_bytes
 from effcli.errors import NoRoomError
 from effcli.formatting import data_size
@@ -36,6 +36,10 @@ class DryRun:
     notes : tuple of str
     loaded : bool
         Whether weights had to be loaded for the checks.
+    export : str or None
+        Format that the result would be written in too.
+    export_bytes : int
+        That this takes at most; they are in ``disk_needed_bytes``.
     """
 
     spec: str
@@ -47,6 +51,8 @@ class DryRun:
     disk_free_bytes: int
     notes: tuple[str, ...]
     loaded: bool = False
+    export: str | None = None
+    export_bytes: int = 0
 
     def lines(self) -> list[str]:
         """Return it in words, for a terminal."""
@@ -54,6 +60,11 @@ class DryRun:
         for position, item in enumerate(self.planned, start=1):
             size = item.prediction.figures.weight_bytes if item.prediction is not None else None
             lines.append(f"pass {position}: {item.label}" + (f", weights {data_size(size)}" if size else ""))
+        if self.export is not None:
+            folder = self.target / onnx_stage.FOLDER
+            lines.append(
+                f"export: {self.export} into {folder}, at most {data_size(self.export_bytes)} more on the disk"
+            )
         lines += [f"gate: {text}" for text in self.gates]
         lines.append(f"staging: {self.staging}")
         lines.append(f"disk: {data_size(self.disk_needed_bytes)} needed, {data_size(self.disk_free_bytes)} free")
@@ -74,8 +85,13 @@ def disk_needed(job: Job, planned: tuple[PlannedPass, ...]) -> int:
     for item in planned:
         bits = item.prediction.bits_per_parameter if item.prediction is not None else None
         written += plain_bytes if bits is None else round(bits * job.parameters / 8)
-    total: int = reference * job.bare.dtype.itemsize + written + SPARE_BYTES
+    total: int = reference * job.bare.dtype.itemsize + written + SPARE_BYTES + export_bytes(job)
     return total
+
+
+def export_bytes(job: Job) -> int:
+    """Return the bytes that the export of a run takes at most, 0 where none is asked for."""
+    return 0 if job.options.export is None else onnx_stage.needed_bytes(job)
 
 
 def dry_run(job: Job, progress: Progress) -> DryRun:
@@ -104,4 +120,7 @@ def dry_run(job: Job, progress: Progress) -> DryRun:
     notes = (*job.bare.notes, *job.texts.notes)
     if staging.exists():
         notes += (f"staged work is there already: --resume goes on with it, --force drops it ('{staging}')",)
-    return DryRun(job.spec, job.target, staging, planned, job.recipe.gates, needed, free, notes)
+    return DryRun(
+        job.spec, job.target, staging, planned, job.recipe.gates, needed, free, notes, export=job.options.export,
+        export_bytes=export_bytes(job),
+    )  # fmt: skip

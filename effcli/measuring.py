@@ -4,10 +4,11 @@
 
     before: load the source ── profile ── reference of its logits ── tasks          (worker 1)
     first look: quality on little text, where the recipe asks for it
+    after onnx: profile and quality of its export, on ONNX Runtime
     after:  read the staged folder ── profile ── quality against the reference ── tasks ── compiled decode
             ── what each pass measures itself ── logits of the fast kernels against plain weights     (worker 2)
 
-Both run through :mod:`effcli.worker`; results are JSON-ready.
+All run through :mod:`effcli.worker`; results are JSON-ready.
 """
 
 from __future__ import annotations
@@ -230,6 +231,65 @@ def after(
                 logit_agreement(fast, record_reference(simple.model, fast.windows, progress=progress))
             )
     return {**result, "seconds": clock.seconds}
+
+
+def after_onnx(
+    *,
+    export: str,
+    shown_as: str,
+    before_folder: str,
+    quality_reason: str | None,
+    device: str,
+    batch: int,
+    context: int,
+    seed: int,
+    text_name: str,
+    command: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Open a staged export and measure it on ONNX Runtime, as :func:`after` measures the checkpoint in torch.
+
+    Parameters
+    ----------
+    export : str
+        The staged folder: all that is read.
+    quality_reason : str or None
+        Why the original has no reference.
+    device : str
+        As the user gave it: where ONNX Runtime has no provider for a GPU, ``auto`` is the CPU.
+    shown_as, before_folder, batch, context, seed, text_name, command, trust_remote_code, progress
+        As for :func:`after`.
+    """
+    from effcli.api import HIDDEN_IN_GRAPHS, ONNX_PROFILERS, profile
+    from effcli.export import opening
+    from effcli.quiet import quiet_transformers
+    from effcli.sources import Source
+    from profilers.quality import Reference, measure_quality
+
+    clock, kept = Clock(), Path(before_folder)
+    with clock.stage("profile"):
+        loaded = opening.load(Source(shown_as, "onnx", Path(export)), device=device)
+        report = profile(
+            loaded, only=ONNX_PROFILERS, refuse_inapplicable=False, batch=(batch,), context=(context,), seed=seed,
+            progress=progress, command=command,
+        )  # fmt: skip
+        hidden = {name: HIDDEN_IN_GRAPHS for name in (*PROFILERS, "sinks") if name not in ONNX_PROFILERS}
+        report = dataclasses.replace(report, skipped={**report.skipped, **hidden})
+    quality = None
+    if quality_reason is None:
+        with clock.stage("quality"), quiet_transformers():
+            windows = _read_windows(kept)
+            reference = Reference.load(kept / REFERENCE_FOLDER, loaded.device, trust_remote_code=trust_remote_code)
+            quality = plain(measure_quality(loaded.model, windows, reference, text_name=text_name, progress=progress))
+    return {
+        "profile": report.to_dict(),
+        "quality": quality,
+        "quality_reason": quality_reason,
+        "provider": loaded.model.graph.provider,
+        "provider_reason": loaded.device_reason,
+        "seconds": clock.seconds,
+    }
 
 
 def first_look(

@@ -2,7 +2,7 @@
 
 ::
 
-    check ──> before ──> plan ──> pass 1 … pass N ──> after ──> gates ──> out/ ──rename──> the target
+    check ──> before ──> plan ──> pass 1 … pass N ──> after ──> (onnx) ──> gates ──> out/ ──rename──> the target
               fresh process       load, apply, save,   fresh process,
                                   audit of the bytes   reads only the staged folder
 
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effcli import assembly, first_look, measuring, planning, provenance, worker
+from effcli import assembly, first_look, measuring, onnx_stage, planning, provenance, worker
 from effcli import dry_run as dry_runs
 from effcli.audit import audit
 from effcli.diffusion.opening import is_pipeline
@@ -34,7 +34,7 @@ from effcli.formatting import data_size
 from effcli.preflight import Job, Options, check_saved_profile, prepare, source_as_json
 from effcli.recipes import Recipe
 from effcli.reports.model import plain
-from effcli.reports.optimize_model import OptimizeReport, PlannedPass, StageTime
+from effcli.reports.optimize_model import OnnxResult, OptimizeReport, PlannedPass, StageTime
 from effcli.stage_times import Times
 from effcli.staging import Staging, link_or_copy, open_staging
 from passes.base import Figures, Pass, PassContext, Prediction
@@ -73,6 +73,7 @@ def optimize(
     context: int | None = None,
     batch: int = 1,
     workers: int = 1,
+    export: str | None = None,
     progress: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
     command: str | None = None,
@@ -109,6 +110,8 @@ def optimize(
         The point that is measured; default: 512 tokens, or the model's limit.
     workers : int
         Processes that do parts of a pass side by side, where it has independent parts; the result is the same.
+    export : str, optional
+        ``onnx``: write the result as ONNX too, into ``onnx`` in the folder, and measure that on ONNX Runtime.
     progress : Progress, optional
     on_warning : callable, optional
         Told each warning as soon as it is known; the report holds them all.
@@ -122,7 +125,7 @@ def optimize(
     Raises
     ------
     effcli.errors.GateFailedError
-        If a gate does not hold; nothing is published.
+        If a gate does not hold, or an export differs from torch by more than its tolerance; nothing is published.
     effcli.errors.InterruptedRunError
         On Ctrl-C; finished stages are kept.
     effcli.errors.EffcliError
@@ -133,13 +136,17 @@ def optimize(
     shown = progress or SilentProgress()
     options = Options(
         device, dtype, revision, allow_pickle, trust_remote_code, resume, force, kernels, compile, context, batch,
-        command,
+        command, export,
     )  # fmt: skip
+    if export is not None:
+        onnx_stage.check_format(export)
     if is_pipeline(model):
         from effcli.diffusion.run import optimize_pipeline
 
         if before is not None:
             raise BadInputError("a saved profile is of a language model, and a pipeline is given; leave --profile out")
+        if export is not None:
+            raise onnx_stage.refused_pipeline(model, export)
         with _spread(workers) as spread:
             return optimize_pipeline(
                 model, recipe, Path(output), options, dry_run=dry_run, progress=shown, on_warning=on_warning,
@@ -197,7 +204,9 @@ class Run:
     def run(self) -> OptimizeReport:
         """Do what is not done yet, then publish."""
         count = len(self.job.chain)
-        with self.progress.task(f"optimize {self.job.spec}", total=count + 3) as overall:
+        with self.progress.task(
+            f"optimize {self.job.spec}", total=count + 3 + (self.job.options.export is not None)
+        ) as overall:
             before = self._stage("before", self._before)
             self._warn(assembly.profile_warnings("before", before))
             overall.advance()
@@ -215,7 +224,11 @@ class Run:
             after = self._stage("after", lambda folder: self._after(folder, before))
             self._warn(assembly.profile_warnings("after", after))
             overall.advance()
-            results = assembly.Results(before, _planned_from(planned), tuple(done), after)
+            exported = None
+            if self.job.options.export is not None:
+                exported = self._export(before)
+                overall.advance()
+            results = assembly.Results(before, _planned_from(planned), tuple(done), after, exported)
             return assembly.finish(self.job, self.staging, results, self.times)
 
     def _stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -250,6 +263,8 @@ class Run:
             source=source_as_json(job.source),
             kept_in=str(folder),
             profile=self.saved_profile is None,
+            dtype=options.dtype,
+            tasks=self._tasks(),
             **options.trust,
         )
         if self.saved_profile is not None:
@@ -261,17 +276,14 @@ class Run:
         """Run a measuring process and account for its time: its start is the pipeline's own."""
         job, options = self.job, self.job.options
         started = time.perf_counter()
-        tasks = job.recipe.evaluation.tasks
         result = self.measurer.run(
             name,
             {
                 "device": str(job.device),
-                "dtype": options.dtype,
                 "batch": options.batch,
                 "context": job.context,
                 "seed": job.recipe.seed,
                 "text_name": job.texts.name,
-                "tasks": None if tasks is None else str(tasks.absolute()),
                 "command": job.command,
                 **arguments,
             },
@@ -425,6 +437,38 @@ class Run:
             parameters=job.parameters,
             trust_remote_code=options.trust_remote_code,
             dtype=before["dtype"],
+            tasks=self._tasks(),
+        )
+
+    def _tasks(self) -> str | None:
+        tasks = self.job.recipe.evaluation.tasks
+        return None if tasks is None else str(tasks.absolute())
+
+    def _export(self, before: Mapping[str, Any]) -> OnnxResult:
+        """Write the result as ONNX and measure that; an export that is finished and made alike is kept."""
+        onnx_stage.forget_other(self.job, self.staging)
+        made = self._stage(onnx_stage.FOLDER, self._write_onnx)
+        measured = self._stage(onnx_stage.MEASURED, lambda folder: self._after_onnx(folder, before))
+        self._warn(assembly.profile_warnings("ONNX Runtime", measured))
+        return onnx_stage.result_of(made["export"], measured)
+
+    def _write_onnx(self, folder: Path) -> dict[str, Any]:
+        with self.times.stage("export: onnx", own=False):
+            result = onnx_stage.write(self.job, self.staging, folder, self.progress)
+            _release(self.job.device)
+        return result
+
+    def _after_onnx(self, folder: Path, before: Mapping[str, Any]) -> dict[str, Any]:
+        job, options = self.job, self.job.options
+        return self._measure(
+            onnx_stage.MEASURED,
+            folder,
+            export=str(self.staging.path(onnx_stage.FOLDER)),
+            shown_as=str(job.target / onnx_stage.FOLDER),
+            before_folder=str(self.staging.path("before")),
+            quality_reason=before["quality_reason"],
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
         )
 
 

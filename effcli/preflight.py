@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effcli import built_source, builtin_models, gates, provenance, staging
+from effcli import built_source, builtin_models, gates, onnx_stage, provenance, staging
 from effcli.checkpoint_files import CONFIG, combined_sha256, find_weights, sha256_each, sha256_of
 from effcli.errors import BadInputError
 from effcli.recipes import Recipe
@@ -46,6 +46,8 @@ class Options:
     ----------
     device, dtype, kernels : str
         As given; the job has what they mean here.
+    export : str or None
+        Format that the result is written in too.
     """
 
     device: str = "auto"
@@ -60,6 +62,7 @@ class Options:
     context: int | None = None
     batch: int = 1
     command: str | None = None
+    export: str | None = None
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class Job:
         return sum(item.numel() for item in self.bare.model.parameters())
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Return what the staged work depends on; gates do not enter it."""
+        """Return what the staged work depends on; gates do not enter it, nor does an export, which only adds to it."""
         recipe = self.recipe.model_dump(mode="json", exclude={"gates"})
         texts = {
             str(path): sha256_of(path)
@@ -190,6 +193,8 @@ def prepare(
         chain = recipe.chain()
         for item in chain:
             item.check_complete()
+        if options.export is not None:
+            onnx_stage.check(options.export, model, options.device, options.dtype, chain)
         parsed = tuple(gates.parse(text) for text in recipe.gates)
         loading.check_dtype_name(options.dtype)
         device, _ = loading.choose_device(options.device)

@@ -207,10 +207,12 @@ class Staging:
         BadInputError
             If the target came into being meanwhile.
         """
-        for path in _files(self.out):
+        files = _files(self.out)
+        for path in files:
             path.chmod(new_file_mode())
             _sync(path)
-        _sync(self.out)
+        for inner in {path.parent for path in files} | {self.out}:
+            _sync(inner)
         record = _record(self.out)
         if record is not None:
             self._state["published"] = sha256_of(record)

@@ -18,6 +18,7 @@ from typing import Any
 from effcli import provenance, signature
 from effcli.checkpoint_files import ONNX_EXPORT, find_weights, fingerprint, read_json
 from effcli.errors import BadInputError, SourceError
+from effcli.onnx_stage import FOLDER
 from effcli.provenance import Provenance
 from effcli.recipes import from_mapping
 from effcli.reports.changes import mapping
@@ -95,6 +96,9 @@ def verify(folder: Path | str, *, expected: str | None = None) -> Verification:
     checks.append("the weights are those that the report measured")
     rows = _audit(folder, made, report)
     checks.append(f"audit: {rows} classes of tensors as the report lists them, no NaN")
+    if report.get("after_onnx") is not None or (folder / FOLDER).exists():
+        _check_export_of(folder, report)
+        checks.append(f"{FOLDER}: an export of these weights, and the one that the report measured")
     return Verification(str(folder), signed, tuple(checks), tuple(notes))
 
 
@@ -156,4 +160,22 @@ def _check_exported(folder: Path) -> None:
         raise SourceError(
             f"'{folder}': {ONNX_EXPORT} lists other files than those here, or another model than {REPORT_FILE}, so the "
             "report is of another export"
+        )
+
+
+def _check_export_of(folder: Path, report: Mapping[str, Any]) -> None:
+    """Check that the export in a checkpoint was made from it, and is what its report measured."""
+    export, measured = folder / FOLDER, mapping(report.get("after_onnx"))
+    if not measured or not (export / EXPORTED).is_file():
+        raise SourceError(
+            f"'{export}' and {REPORT_FILE} do not belong together: one of them knows of no export; fetch both again"
+        )
+    _check_exported(export)
+    record = read_json(export / EXPORTED)
+    made_from = mapping(record.get("source")).get("fingerprint")
+    weights = fingerprint([export / str(record.get("weights"))])
+    after, ours = (mapping(mapping(side).get("model")) for side in (report.get("after"), measured.get("profile")))
+    if made_from != after.get("fingerprint") or weights != ours.get("fingerprint"):
+        raise SourceError(
+            f"'{export}' was made from other weights than those in '{folder}', or is not what was measured"
         )

@@ -42,6 +42,7 @@ JOBS = {
     "before": "effcli.measuring:before",
     "first-look": "effcli.measuring:first_look",
     "after": "effcli.measuring:after",
+    "after-onnx": "effcli.measuring:after_onnx",
 }
 # Imported while the worker waits; transformers' submodules are slow and come in at first use otherwise.
 _PRELOADED = (

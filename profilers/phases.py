@@ -98,6 +98,12 @@ def generates(model: Any) -> bool:
     return bool(getattr(model, "generates", True))
 
 
+def runtime_of(model: Any) -> str | None:
+    """Return what runs a model's layers where that is not torch (``runtime``): only its logits can be seen then."""
+    name: str | None = getattr(model, "runtime", None)
+    return name
+
+
 def token_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Return token ids of shape (batch, tokens) on the model's device: random, or without values on meta."""
     if model.device.type == "meta":

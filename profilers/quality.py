@@ -19,6 +19,7 @@ window, or part of one where there are few windows.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ import torch
 
 from profilers.base import ProfilerError, Progress, SilentProgress
 from profilers.intervals import CONFIDENCE, Interval, block_interval, wilson
+from profilers.phases import runtime_of
 from profilers.reference import (
+    LOGITS_AT_ONCE,
     Reference,
     batch_size,
     check_windows,
@@ -187,7 +190,8 @@ def measure_quality(
     Raises
     ------
     NotApplicableError
-        For an encoder-decoder, or a head that reads more than the final hidden states.
+        For an encoder-decoder, or a head that reads more than the final hidden states (not of a model that another
+        runtime runs: its logits are all that is read).
     ProfilerError
         For windows that the model cannot read or that are not the reference's, another vocabulary than the
         reference's, or log-probabilities that are not finite.
@@ -296,26 +300,49 @@ def _logits(
     check_windows(model, windows)
     if reference is not None and not torch.equal(reference.windows, windows.cpu()):
         raise ProfilerError("the reference was recorded on other windows; record it again on these")
+    found = _by_states(model, windows, positions) if runtime_of(model) is None else _by_steps(model, windows, positions)
+    with (progress or SilentProgress()).task("Quality", total=windows.shape[0]) as task:
+        for window, start, stop, logits in found:
+            original = None
+            if reference is not None:
+                original = reference.logits(window, start, stop).to(logits.device)
+                if original.shape != logits.shape:
+                    raise ProfilerError(
+                        f"the model gives {logits.shape[-1]} logits and the reference {original.shape[-1]}; "
+                        "they can only be compared over one vocabulary"
+                    )
+            yield window, start, stop, logits, original
+            if stop == positions:
+                task.advance()
+
+
+def _by_states(
+    model: PreTrainedModel, windows: torch.Tensor, positions: int
+) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Yield window, first and last position, and logits there: the head on some of the final states at a time."""
     head = checked_head(model, windows)
     step = positions_at_once(head)
-    done = 0
-    with (progress or SilentProgress()).task("Quality", total=windows.shape[0]) as task:
-        for batch in torch.split(windows, batch_size(windows)):
-            for states in final_states(model, batch):
-                for start in range(0, positions, step):
-                    stop = min(start + step, positions)
-                    logits = head.logits(states[start:stop])
-                    original = None
-                    if reference is not None:
-                        original = reference.logits(done, start, stop).to(logits.device)
-                        if original.shape != logits.shape:
-                            raise ProfilerError(
-                                f"the model gives {logits.shape[-1]} logits and the reference {original.shape[-1]}; "
-                                "they can only be compared over one vocabulary"
-                            )
-                    yield done, start, stop, logits, original
-                done += 1
-                task.advance()
+    numbers = itertools.count()
+    for batch in torch.split(windows, batch_size(windows)):
+        for states, window in zip(final_states(model, batch), numbers, strict=False):
+            for start in range(0, positions, step):
+                stop = min(start + step, positions)
+                yield window, start, stop, head.logits(states[start:stop])
+
+
+def _by_steps(
+    model: PreTrainedModel, windows: torch.Tensor, positions: int
+) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Yield the same of a model whose states cannot be seen: some tokens at a time, after a cache of those before."""
+    step = max(1, LOGITS_AT_ONCE // model.config.get_text_config(decoder=True).vocab_size)
+    for window, ids in enumerate(windows.to(model.device)):
+        cache = None
+        for start in range(0, positions, step):
+            stop = min(start + step, positions)
+            with torch.inference_mode():
+                found = model(input_ids=ids[None, start:stop], past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            yield window, start, stop, found.logits[0]
 
 
 def _negative_log_likelihood(log_probabilities: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

@@ -7,14 +7,14 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from profilers.base import DoesNotFitError, NotApplicableError, ProfilerError
 from profilers.cache_prediction import predictor_of
-from profilers.device import memory_available_bytes, synchronize, track_peak_memory
+from profilers.device import PeakMemory, memory_available_bytes, synchronize, track_peak_memory
 from profilers.phases import (
     PhaseState,
     check_batch,
@@ -23,6 +23,7 @@ from profilers.phases import (
     decode_step,
     generates,
     prefill,
+    runtime_of,
     token_ids,
 )
 
@@ -193,8 +194,7 @@ class PhaseTimings:
             context=context,
             prefill=Distribution.of(prefills),
             decode=Distribution.of(decodes),
-            peak_memory_bytes=peak.bytes,
-            peak_memory_reason=peak.reason,
+            **_memory(model, peak),
             decode_context=(first, first + len(decodes) - 1),
         )
 
@@ -210,7 +210,7 @@ class PhaseTimings:
             forward()  # warms up
             while not PREFILL_REPEATS.enough(times):
                 times.append(self._timed(forward)[0])
-        return PhaseTiming(batch, context, Distribution.of(times), None, peak.bytes, peak.reason)
+        return PhaseTiming(batch, context, Distribution.of(times), None, **_memory(model, peak))
 
     def _timed(self, function: Callable[[], Result]) -> tuple[float, Result]:
         synchronize(self._model.device)
@@ -218,6 +218,14 @@ class PhaseTimings:
         result = function()
         synchronize(self._model.device)
         return self._clock() - start, result
+
+
+def _memory(model: Any, peak: PeakMemory) -> dict[str, Any]:
+    """Return the peak memory, or why it is not known: torch counts on a GPU only what it allocates itself."""
+    runtime = runtime_of(model)
+    if runtime is not None and model.device.type == "cuda":
+        return {"peak_memory_bytes": None, "peak_memory_reason": f"torch does not see {runtime}'s memory on a GPU"}
+    return {"peak_memory_bytes": peak.bytes, "peak_memory_reason": peak.reason}
 
 
 def first_token(model: PreTrainedModel, input_ids: torch.Tensor) -> Run:

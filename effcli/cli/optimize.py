@@ -69,6 +69,10 @@ def command(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes that do parts of a pass side by side, where it has any.")
     ] = 1,
+    export: Annotated[
+        str | None,
+        typer.Option("--export", metavar="FORMAT", help="Write and measure the result in this format too: onnx."),
+    ] = None,
     kernels: Annotated[
         Kernels, typer.Option("--kernels", help="Kernels the result is measured with: the fastest here, or plain.")
     ] = Kernels.auto,
@@ -114,6 +118,7 @@ def command(
             context=context,
             batch=batch,
             workers=workers,
+            export=export,
             progress=progress,
             on_warning=None if quiet else lambda line: warn((line,)),
             command=shlex.join(["effcli", *sys.argv[1:]]),

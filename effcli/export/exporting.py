@@ -90,10 +90,11 @@ def export(
         If a source, output or option cannot be used.
     """
     started = time.perf_counter()
-    _check_options(format, task, opset, tolerance, dtype)
+    check_format(format, "--format")
+    _check_options(task, opset, tolerance, dtype)
     shown = progress or SilentProgress()
     target = Path(output).absolute()
-    _check_installed()
+    check_installed("'effcli export'")
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = sources.resolve(model, revision=revision, progress=shown, **trust)
     what = NOT_EXPORTED.get(source.kind)
@@ -104,16 +105,27 @@ def export(
     if dry_run:
         return job.dry_run()
     with open_staging(target, {}, resume=False, force=force) as staging:
-        report = job.write(staging, started)
+        report = job.write(staging.begin(staging.out.name), started)
         staging.publish(force=force)
     return report
 
 
-def _check_options(format: str, task: str, opset: int | None, tolerance: float | None, dtype: str) -> None:
+def check_format(format: str, option: str) -> None:
+    """Refuse a format that nothing here writes; ``option`` is what named it.
+
+    Raises
+    ------
+    BadInputError
+    """
+    if format not in FORMATS:
+        raise BadInputError(
+            f"{option} '{format}' is not known{did_you_mean(format, FORMATS)}; known: {', '.join(FORMATS)}"
+        )
+
+
+def _check_options(task: str, opset: int | None, tolerance: float | None, dtype: str) -> None:
     from effcli.devices import check_dtype_name
 
-    if format not in FORMATS:
-        raise BadInputError(f"--format '{format}' is not known{did_you_mean(format, FORMATS)}; known: onnx")
     tasks.check_task(task)
     check_dtype_name(dtype)
     if opset is not None and not graphs.LOWEST_OPSET <= opset <= graphs.HIGHEST_OPSET:
@@ -124,9 +136,20 @@ def _check_options(format: str, task: str, opset: int | None, tolerance: float |
         raise BadInputError(f"--tolerance {tolerance} lets nothing pass; give a positive number, e.g. 0.001")
 
 
-def _check_installed() -> None:
+def check_installed(what: str) -> None:
+    """Refuse to begin where the packages that write and run ONNX are missing.
+
+    Parameters
+    ----------
+    what : str
+        What needs them.
+
+    Raises
+    ------
+    BadInputError
+    """
     import importlib.util
 
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise BadInputError(f"'effcli export' needs {', '.join(missing)}; pip install 'effcli[onnx]'")
+        raise BadInputError(f"{what} needs {', '.join(missing)}; pip install 'effcli[onnx]'")

@@ -55,6 +55,7 @@ class OnnxModel(torch.nn.Module):
 
     main_input_name = "input_ids"
     generates = False
+    runtime = "ONNX Runtime"
     notes: tuple[str, ...] = ()
 
     def __init__(

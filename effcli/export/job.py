@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from effcli.export.quantized import QuantizedWeights
     from effcli.loading import LoadedModel
     from effcli.sources import Source
-    from effcli.staging import Staging
     from profilers.base import Progress
 
 WEIGHTS = "weights.bin"
@@ -85,6 +84,7 @@ class Job:
     seed: int
     progress: Progress
     command: str | None
+    remedy: str = "give another --dtype, or a higher --tolerance"
 
     def dry_run(self) -> DryRun:
         """Check what can be checked without weights."""
@@ -96,8 +96,8 @@ class Job:
             task, reason, opset, opset_reason, dtype, quantized.name if quantized else None, weights, str(self.output)
         )
 
-    def write(self, staging: Staging, started: float) -> ExportReport:
-        """Write graphs and weights to the staged folder, check them, and add report and hashes."""
+    def write(self, out: Path, started: float) -> ExportReport:
+        """Write graphs and weights to a staged folder, check them, and add report and hashes."""
         import torch
 
         with self.progress.task(f"export {self.spec}", total=4) as overall:
@@ -106,7 +106,6 @@ class Job:
             _check_room(loaded, self.target)
             opset, opset_reason = self._opset(loaded.model)
             overall.advance()
-            out = staging.begin(staging.out.name)
             notes = list(loaded.notes)
             if quantized is not None and quantized.plain:
                 notes.append(
@@ -125,8 +124,7 @@ class Job:
         if not largest <= tolerance:
             raise GateFailedError(
                 f"the ONNX graphs of '{self.spec}' differ from torch by {largest:.2g} in {worst.output} of real text "
-                f"({worst.phase}), at most {tolerance:g} is let pass; nothing was published: give another --dtype, "
-                "or a higher --tolerance"
+                f"({worst.phase}), at most {tolerance:g} is let pass; nothing was published: {self.remedy}"
             )
         weight_bytes = _weight_bytes(loaded.model) if quantized is None else size
         file_bytes = sum(item.file_bytes for item in made) + (out / WEIGHTS).stat().st_size
@@ -134,7 +132,7 @@ class Job:
         from effcli.api import environment_of, model_info
 
         environment = replace(environment_of(loaded, None), peaks_reason="an export needs no peaks")
-        versions = environment.versions | {name: _version(name) for name in PACKAGES}
+        versions = environment.versions | {name: installed_version(name) for name in PACKAGES}
         report = ExportReport(
             schema=EXPORT_SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -184,12 +182,7 @@ class Job:
         if not path.is_dir():
             return None
         made = provenance.read(path)
-        for record in made.passes if made is not None else ():
-            if record.name == "kv-pq":
-                raise BadInputError(
-                    f"'{self.spec}' was made by the pass kv-pq, whose cache of codes ONNX graphs cannot hold; export "
-                    "the checkpoint that it was applied to"
-                )
+        refuse_passes(self.spec, (record.name for record in made.passes) if made is not None else ())
         return read_quantized(path)
 
     def _load(self, *, config_only: bool = False) -> tuple[LoadedModel, str, str, str, str]:
@@ -198,7 +191,7 @@ class Job:
         from effcli.checkpoint_files import check_trust, read_json
 
         chosen, _ = loading.choose_device(self.device)
-        dtype, dtype_reason = _dtype(self.dtype, chosen.type)
+        dtype, dtype_reason = choose_dtype(self.dtype, chosen.type)
         auto = None
         task, reason = self.task, "asked for"
         path = self.source.path
@@ -369,7 +362,29 @@ class Job:
         signature.write(out, files)
 
 
-def _dtype(asked: str, device: str) -> tuple[str, str]:
+def refuse_passes(spec: str, names: Iterable[str]) -> None:
+    """Refuse what a pass made that ONNX graphs cannot hold.
+
+    Raises
+    ------
+    BadInputError
+        Naming the pass.
+    """
+    if "kv-pq" in names:
+        raise BadInputError(
+            f"'{spec}' was made by the pass kv-pq, whose cache of codes ONNX graphs cannot hold; export the checkpoint "
+            "that it was applied to"
+        )
+
+
+def choose_dtype(asked: str, device: str) -> tuple[str, str]:
+    """Return what an export computes in on a type of device, and why.
+
+    Raises
+    ------
+    BadInputError
+        For one that ONNX Runtime cannot run there.
+    """
     if asked == "bfloat16" and device == "cpu":
         raise BadInputError(
             "--dtype bfloat16 cannot run on a CPU in onnxruntime, so it could not be checked; give float32 or float16"
@@ -397,7 +412,8 @@ def _weight_bytes(model: torch.nn.Module) -> int:
     return int(weight_bytes_and_parameters(model).bytes)
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Return the version of a package, under the name that it is installed by."""
     names = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime")}.get(package, (package,))
     for name in names:
         try:

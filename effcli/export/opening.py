@@ -154,7 +154,7 @@ def open(  # noqa: A001 - it opens
     path = Path(folder)
     if verify:
         verify_files(path, described.files, ONNX_EXPORT)
-    chosen, reason = _device(device)
+    chosen, reason = choose_device(device)
     name = graph or ("decode" if described.task == TEXT_GENERATION else "model")
     if name not in described.graphs:
         raise BadInputError(f"'{folder}' has no graph '{name}'; give one of: {', '.join(described.graphs)}")
@@ -228,7 +228,7 @@ def load(source: Source, *, device: str = "auto", dtype: str = "auto") -> Loaded
         tokenizer=tokenizer,
         source=source,
         device=model.device,
-        device_reason=_device(device)[1],
+        device_reason=choose_device(device)[1],
         dtype=model.dtype,
         dtype_reason=f"as exported{quantized}",
         load_seconds=seconds,
@@ -245,14 +245,20 @@ def version_of() -> str:
     return str(onnxruntime.__version__)
 
 
-def _device(name: str) -> tuple[Any, str]:
-    """Return where to run, and why: ``auto`` falls back to the CPU where ONNX Runtime is built without CUDA."""
+def choose_device(name: str) -> tuple[Any, str]:
+    """Return where to run, and why: ``auto`` falls back to the CPU where ONNX Runtime is built without CUDA.
+
+    Raises
+    ------
+    BadInputError
+        For a device that was named and is not here, or that ONNX Runtime cannot use.
+    """
     import onnxruntime
     import torch
 
-    from effcli.devices import choose_device
+    from effcli import devices
 
-    chosen, reason = choose_device(name)
+    chosen, reason = devices.choose_device(name)
     if chosen.type == "cpu":
         return chosen, reason
     has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -234,6 +234,41 @@ def optimize_sides(report: Report) -> tuple[Side, Side]:
     return before, after
 
 
+ONNX_METRICS = (
+    *("stored_bytes", "perplexity", "kl_mean", "kl_p99", "top1_agreement", "ttft_seconds", "tpot_seconds"),
+    *("tokens_per_second", "peak_memory_bytes", "joules_per_token"),
+)
+"""What is measured of an export as it is of a model in torch."""
+
+
+def onnx_changes(report: Report) -> tuple[Change, ...]:
+    """Return what running the export on ONNX Runtime changes against the result in torch; empty without one.
+
+    Of :data:`ONNX_METRICS`, those that were measured on ONNX Runtime; time to first token and per token always.
+    """
+    found = mapping(report.get("after_onnx"))
+    if not found:
+        return ()
+    quality = mapping(found.get("quality"))
+    kl, reason = mapping(quality.get("kl")), str(found.get("quality_reason") or "quality was not measured")
+    export = Side(
+        mapping(found.get("profile")),
+        stored_bytes=number(found.get("weight_bytes")),
+        perplexity=_with_interval(mapping(quality.get("perplexity")), "after", "interval", reason),
+        kl_mean=_with_interval(kl, "mean", "interval", reason),
+        kl_p99=_with_interval(kl, "p99", "p99_interval", reason),
+        top1_agreement=_with_interval(quality, "top1_agreement", "top1_interval", reason),
+    )
+    place = place_of(report)
+    ours, theirs = measured(optimize_sides(report)[1], place), measured(export, place)
+    metrics = {metric.key: metric for metric in METRICS}
+    return tuple(
+        change(metrics[key], ours[key], theirs[key])
+        for key in ONNX_METRICS
+        if key in SPEED or theirs[key].value is not None
+    )
+
+
 def _with_interval(data: Report, key: str, interval_key: str, reason: str) -> Value:
     return Value(number(data.get(key)), None, interval(data.get(interval_key)), reason)
 

@@ -209,6 +209,56 @@ class StageTime:
 
 
 @dataclass(frozen=True)
+class OnnxResult:
+    """The result as an ONNX export, measured on ONNX Runtime beside torch.
+
+    Attributes
+    ----------
+    folder : str
+        Of the export, in that of the checkpoint.
+    profile : dict
+        ``effcli.profile/1`` of the export: latency, and what else can be measured from outside.
+    quality : QualityResult or None
+        Against the original, on the text that the checkpoint was measured on in torch.
+    quality_reason : str or None
+    provider, provider_reason : str
+        What of ONNX Runtime ran it (``CPUExecutionProvider``), and why.
+    opset : int
+    dtype, dtype_reason : str
+        Of activations and of weights that are not quantized.
+    quantization : str or None
+        Of the integers that graphs keep from the checkpoint.
+    weight_bytes : int
+        Of the weights of all graphs, each shared tensor once.
+    file_bytes : int
+        Of the graphs and the file of weights.
+    tolerance, max_absolute_error, mean_absolute_error : float
+        Difference of logits from torch's in the same dtype: let pass, found.
+    positions : int
+        That these were compared at.
+    notes : tuple of str
+    """
+
+    folder: str
+    profile: dict[str, Any]
+    quality: Any
+    quality_reason: str | None
+    provider: str
+    provider_reason: str
+    opset: int
+    dtype: str
+    dtype_reason: str
+    quantization: str | None
+    weight_bytes: int
+    file_bytes: int
+    tolerance: float
+    max_absolute_error: float
+    mean_absolute_error: float
+    positions: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class OptimizeReport:
     """One run of ``effcli optimize``.
 
@@ -246,6 +296,7 @@ class OptimizeReport:
     warnings: tuple[str, ...]
     output: str | None = None  # the folder as the user named it
     measured: tuple[Measured | None, ...] = ()  # by pass: what it measured of the result itself
+    after_onnx: OnnxResult | None = None  # with --export onnx
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""

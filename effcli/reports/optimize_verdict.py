@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports.blocks import Report, items
-from effcli.reports.changes import Change, interval, mapping, number, optimize_changes
+from effcli.reports.changes import Change, interval, mapping, number, onnx_changes, optimize_changes
 from effcli.reports.sections.change import change_span, figure, signed_percent, times
+from effcli.reports.sections.onnx import provider
 from effcli.reports.sections.run import gates
 from effcli.reports.sections.written import source_sentence
 
@@ -25,10 +26,47 @@ HEAVY_LOSS = 2.0
 NOTABLE_MEMORY = 0.05
 
 
-def optimize_verdict(report: Report) -> tuple[str, str, str]:
-    """Return three lines for an ``effcli.optimize/1`` report."""
+def optimize_verdict(report: Report) -> tuple[str, ...]:
+    """Return three lines for an ``effcli.optimize/1`` report, and one more where the result was exported."""
     found = {change.metric: change for change in optimize_changes(report)}
-    return gained(report, found), cost(report, found), following(report, found)
+    return gained(report, found), cost(report, found), *on_onnx(report), following(report, found)
+
+
+def on_onnx(report: Report) -> tuple[str, ...]:
+    """Say what running the export on ONNX Runtime brings and costs against torch; nothing without an export."""
+    found = {change.metric: change for change in onnx_changes(report)}
+    if not found:
+        return ()
+    about = mapping(report.get("after_onnx"))
+    parts = [_on_onnx(found, key, name) for key, name in (("tpot_seconds", "decode"), ("ttft_seconds", "first token"))]
+    perplexity, kl = found.get("perplexity"), found.get("kl_mean")
+    if perplexity is None:
+        parts.append("quality was not measured")
+    else:
+        parts.append(
+            f"perplexity {figure(perplexity.after, 'perplexity')} (torch {figure(perplexity.before, 'perplexity')})"
+        )
+    if kl is not None:
+        parts.append(f"KL {figure(kl.after, 'number')} nats a token")
+    parts.append(f"logits within {fmt.significant(number(about.get('max_absolute_error')))} of torch's")
+    size = fmt.data_size(number(about.get("file_bytes")))
+    place = f"{folder(report)}/{printable(about.get('folder') or 'onnx')}"
+    return (f"ONNX Runtime ({provider(about)}): {', '.join(parts)}; {size} in {place}.",)
+
+
+def _on_onnx(found: dict[str, Change], key: str, name: str) -> str:
+    timed = found[key]
+    if timed.before is None or timed.after is None:
+        return f"{name} was not timed on both sides"
+    rate = found.get("tokens_per_second") if key == "tpot_seconds" else None
+    ours, theirs = (
+        (f"{figure(rate.before, 'number')} tokens/s", f"{figure(rate.after, 'number')} tokens/s")
+        if rate is not None
+        else (figure(timed.before, "seconds"), figure(timed.after, "seconds"))
+    )
+    ratio = timed.ratio or 1.0
+    said = {"better": f"{times(1 / ratio)} as fast as torch", "worse": "slower than torch", "noise": "as fast as torch"}
+    return f"{name} {said.get(timed.status, 'beside torch, noise not known')} ({ours} → {theirs})"
 
 
 def gained(report: Report, found: dict[str, Change]) -> str:

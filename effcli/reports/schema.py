@@ -52,6 +52,7 @@ OPTIMIZE_CONTRACT: dict[str, tuple[str, ...]] = {
     "Divergence": ("mean", "p99"),
     "PassRecord": ("name", "parameters"),
     "AuditedClass": ("tensor_class", "dtype", "bits"),
+    "OnnxResult": ("folder", "profile", "quality", "provider", "weight_bytes", "max_absolute_error"),
     "GateResult": ("gate", "measured", "limit", "passed"),
     "Predicted": ("figures", "metrics"),
     "Figures": ("weight_bytes", "kv_bytes_per_token", "ttft_seconds", "tpot_seconds", "peak_memory_bytes"),
@@ -203,6 +204,8 @@ def optimize_schema() -> dict[str, Any]:
     for side in ("before", "after"):
         properties[side] = definitions.profile()
     properties["quality"] = definitions.optional(QualityResult)
+    exported = definitions.found["OnnxResult"]["properties"]
+    exported["profile"], exported["quality"] = properties["after"], properties["quality"]
     return definitions.finished("OptimizeReport", {**PROFILE_CONTRACT, **OPTIMIZE_CONTRACT})
 
 

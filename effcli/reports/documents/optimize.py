@@ -25,7 +25,7 @@ from effcli.reports.changes import Change, decode_point, mapping, number, optimi
 from effcli.reports.documents.base import Document, Figure, Tile
 from effcli.reports.documents.profile import subtitle
 from effcli.reports.optimize_verdict import optimize_verdict
-from effcli.reports.sections import change, quality, run, setup, steps, written
+from effcli.reports.sections import change, onnx, quality, run, setup, steps, written
 from effcli.reports.sections.intensity import time_table, work_table
 from effcli.reports.sections.sinks import heat_maps
 
@@ -115,6 +115,7 @@ def _sections(report: Report, before: Report, after: Report, found: tuple[Change
     )
     sections = [
         result,
+        *onnx.sections(report, found),
         quality.section(report.get("quality"), report.get("quality_reason")),
         steps.predicted_section(report),
         steps.section(report),
