@@ -4,8 +4,9 @@
 
     the last pass-N ──effcli/export, held against torch──> onnx/ ──measuring process──> after_onnx ──> OUT/onnx
 
-Both stages depend on what the staged checkpoint depends on, the format, and the packages that write and run it. Only
-the first is in the fingerprint of the staged work: so a resumed run may ask for the export, or do without it.
+The export depends on all that the staged work depends on, and on its format and the packages that write and run it.
+These are kept with its stage, not in the fingerprint of the whole: so a resumed run may ask for an export that the
+first one did not, and only that is done; or do without it.
 """
 
 from __future__ import annotations
@@ -104,14 +105,16 @@ def needed_bytes(job: Job) -> int:
 def forget_other(job: Job, staging: Staging) -> None:
     """Take a finished export back that was made by other packages, or in another format, than this run would."""
     known = staging.finished(FOLDER)
-    if known is not None and known["made_with"] != _made_with(job):
+    if known is not None and known["made_with"] != made_with(job):
         staging.forget(FOLDER, MEASURED)
 
 
-def _made_with(job: Job) -> dict[str, Any]:
-    from effcli.export.job import PACKAGES, installed_version
+def made_with(job: Job) -> dict[str, Any]:
+    """Return what an export depends on besides all that the staged work does."""
+    from effcli.export import job as exports
 
-    return {"format": job.options.export, "versions": {name: installed_version(name) for name in PACKAGES}}
+    versions = {name: exports.installed_version(name) for name in exports.PACKAGES}
+    return {"format": job.options.export, "versions": versions}
 
 
 def write(job: Job, staging: Staging, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def write(job: Job, staging: Staging, folder: Path, progress: Progress) -> dict[
             "checkpoint alone"
         ),
     )
-    return {"export": export.write(folder, started).to_dict(), "made_with": _made_with(job)}
+    return {"export": export.write(folder, started).to_dict(), "made_with": made_with(job)}
 
 
 def result_of(export: dict[str, Any], measured: dict[str, Any]) -> OnnxResult:
@@ -165,10 +168,11 @@ def result_of(export: dict[str, Any], measured: dict[str, Any]) -> OnnxResult:
         **{
             key: export[key]
             for key in (
-                *("opset", "dtype", "dtype_reason", "quantization", "weight_bytes", "file_bytes", "tolerance"),
+                *("opset", "dtype", "dtype_reason", "quantization", "file_bytes", "tolerance"),
                 *("max_absolute_error", "mean_absolute_error"),
             )
         },
+        weight_bytes=measured["profile"]["model"]["weight_bytes"],
         positions=sum(item["positions"] for item in export["agreement"]),
         notes=tuple(export["notes"]),
     )

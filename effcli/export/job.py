@@ -100,13 +100,16 @@ class Job:
         """Write graphs and weights to a staged folder, check them, and add report and hashes."""
         import torch
 
+        from effcli.loading import describe
+
         with self.progress.task(f"export {self.spec}", total=4) as overall:
             quantized = self._quantized()
             loaded, task, task_reason, dtype, dtype_reason = self._load()
             _check_room(loaded, self.target)
             opset, opset_reason = self._opset(loaded.model)
             overall.advance()
-            notes = list(loaded.notes)
+            # Not which of torch's kernels ran: the graphs have others.
+            notes = [note for note in loaded.notes if note not in describe(loaded.record)]
             if quantized is not None and quantized.plain:
                 notes.append(
                     f"{len(quantized.plain)} quantized tensors that are no linear layers are written dequantized, "

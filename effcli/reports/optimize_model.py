@@ -229,7 +229,7 @@ class OnnxResult:
     quantization : str or None
         Of the integers that graphs keep from the checkpoint.
     weight_bytes : int
-        Of the weights of all graphs, each shared tensor once.
+        Of the weights that the graph reads, each shared tensor once.
     file_bytes : int
         Of the graphs and the file of weights.
     tolerance, max_absolute_error, mean_absolute_error : float

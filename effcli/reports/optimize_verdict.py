@@ -60,12 +60,16 @@ def _on_onnx(found: dict[str, Change], key: str, name: str) -> str:
         return f"{name} was not timed on both sides"
     rate = found.get("tokens_per_second") if key == "tpot_seconds" else None
     ours, theirs = (
-        (f"{figure(rate.before, 'number')} tokens/s", f"{figure(rate.after, 'number')} tokens/s")
+        (figure(rate.before, "number"), f"{figure(rate.after, 'number')} tokens/s")
         if rate is not None
         else (figure(timed.before, "seconds"), figure(timed.after, "seconds"))
     )
     ratio = timed.ratio or 1.0
-    said = {"better": f"{times(1 / ratio)} as fast as torch", "worse": "slower than torch", "noise": "as fast as torch"}
+    said = {
+        "better": f"{times(1 / ratio)} as fast as torch",
+        "worse": "slower than torch",
+        "noise": "no gain outside noise",
+    }
     return f"{name} {said.get(timed.status, 'beside torch, noise not known')} ({ours} → {theirs})"
 
 

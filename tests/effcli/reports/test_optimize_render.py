@@ -222,6 +222,26 @@ def test_an_empty_report_is_rendered(schema: str, format: str) -> None:
     assert render({"schema": schema}, format)
 
 
+@pytest.mark.parametrize("format", TEXT_FORMATS)
+def test_an_export_stands_beside_torch_and_shows_nothing_that_was_not_measured(format: str) -> None:
+    data = optimize_samples.exported().to_dict()
+    section = next(item for item in document(data).sections if item.name == "onnx")
+    table = section.blocks[0]
+    assert isinstance(table, Table)
+    rows = {row[0]: row[1:5] for row in table.rows}
+    assert rows["weights on disk"] == ("269 MB", "98.4 MB", "102 MB", "+3.7 %")
+    assert rows["perplexity"][:3] == ("15.24", "17.05", "17.07")
+    assert rows["time to first token"][1:3] == ("790 ms", "1.19 s")
+    assert set(rows) == {
+        "weights on disk", "perplexity", "KL to original, mean", "KL to original, p99", "same top token",
+        "time to first token", "time per token", "decode, tokens/s", "peak memory",
+    }  # fmt: skip
+    assert [column.title for column in table.columns][1:4] == ["before", "after (torch)", "after (ONNX Runtime)"]
+    seen = squeezed(render(data, format))
+    assert "OnONNXRuntime" in seen and "slowerthantorch" in seen
+    assert all(item.name != "onnx" for item in document(optimize_samples.optimized().to_dict()).sections)
+
+
 def test_a_recorded_recipe_comes_out_as_the_recipe_that_it_was() -> None:
     recipe = from_mapping(optimize_samples.RECIPE)
     text = recipe_yaml(recipe.model_dump(mode="json"))
