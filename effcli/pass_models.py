@@ -47,8 +47,9 @@ def model_of(
     """
     from effcli import loading
     from effcli.quiet import quiet_transformers
-    from effcli.sources import Source
+    from effcli.sources import Source, check_seen
 
+    check_seen(Path(source["path"]))
     described = Source(**{**source, "path": Path(source["path"]), "notes": tuple(source["notes"])})
     with quiet_transformers():
         return loading.load(

@@ -16,7 +16,7 @@ import contextlib
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from effcli import assembly, first_look, measuring, onnx_stage, planning, provenance, worker
 from effcli import dry_run as dry_runs
 from effcli.audit import audit
+from effcli.batch import spread
 from effcli.diffusion.opening import is_pipeline
 from effcli.disk import free_bytes
 from effcli.dry_run import DryRun as DryRun
@@ -43,6 +44,7 @@ from profilers.base import SilentProgress
 if TYPE_CHECKING:
     import torch
 
+    from effcli.batch.engines import EngineName
     from effcli.loading import LoadedModel
     from effcli.reports.pipeline_model import PipelineOptimizeReport
     from effcli.sources import Source
@@ -72,7 +74,9 @@ def optimize(
     compile: bool = False,
     context: int | None = None,
     batch: int = 1,
-    workers: int = 1,
+    workers: int | None = None,
+    engine: EngineName = "local",
+    address: str | None = None,
     export: str | None = None,
     progress: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
@@ -108,8 +112,13 @@ def optimize(
         Measure decode with ``torch.compile`` too.
     context, batch : int
         The point that is measured; default: 512 tokens, or the model's limit.
-    workers : int
-        Processes that do parts of a pass side by side, where it has independent parts; the result is the same.
+    workers : int, optional
+        Processes that do parts of a pass side by side, where it has independent parts; the result is the same. Default:
+        1, on a Ray cluster as many as its nodes have room for.
+    engine : str
+        Where those run: ``local`` or ``ray``. On a cluster, every node must see ``output`` and the model's folder.
+    address : str, optional
+        Of the Ray cluster; default: one that is started here.
     export : str, optional
         ``onnx``: write the result as ONNX too, into ``onnx`` in the folder, and measure that on ONNX Runtime.
     progress : Progress, optional
@@ -134,6 +143,7 @@ def optimize(
         If a pass or a measurement cannot do what was asked.
     """
     shown = progress or SilentProgress()
+    make_spread = spread.maker(engine, address, workers)
     options = Options(
         device, dtype, revision, allow_pickle, trust_remote_code, resume, force, kernels, compile, context, batch,
         command, export,
@@ -147,11 +157,10 @@ def optimize(
             raise BadInputError("a saved profile is of a language model, and a pipeline is given; leave --profile out")
         if export is not None:
             raise onnx_stage.refused_pipeline(model, export)
-        with _spread(workers) as spread:
-            return optimize_pipeline(
-                model, recipe, Path(output), options, dry_run=dry_run, progress=shown, on_warning=on_warning,
-                spread=spread,
-            )  # fmt: skip
+        return optimize_pipeline(
+            model, recipe, Path(output), options, dry_run=dry_run, progress=shown, on_warning=on_warning,
+            spread=make_spread,
+        )  # fmt: skip
     times = Times()
     with contextlib.ExitStack() as stack:
         # Started first: it imports while this process checks.
@@ -164,9 +173,9 @@ def optimize(
         if measurer is None:
             return dry_runs.dry_run(job, shown)
         staging = stack.enter_context(open_staging(job.target, fingerprint, resume=resume, force=force))
-        spread = stack.enter_context(_spread(workers))
+        workers_of_parts = stack.enter_context(make_spread(staging.folder, job.device.type))
         try:
-            return Run(job, staging, times, measurer, shown, before, on_warning, spread).run()
+            return Run(job, staging, times, measurer, shown, before, on_warning, workers_of_parts).run()
         except KeyboardInterrupt:
             if staging.is_empty():
                 raise InterruptedRunError("interrupted before anything was finished; nothing was written") from None
@@ -174,18 +183,6 @@ def optimize(
                 f"interrupted; finished stages are kept in '{staging.folder}': run again with --resume to go on, or "
                 "with --force to start again"
             ) from None
-
-
-@contextlib.contextmanager
-def _spread(workers: int) -> Iterator[Spread | None]:
-    """Give the workers that parts of a pass may run in, None for one."""
-    if workers == 1:
-        yield None
-        return
-    from effcli.batch import spread
-
-    with spread.local(workers) as made:
-        yield made
 
 
 @dataclass
@@ -378,7 +375,8 @@ class Run:
     def _opening(self, previous: Path | None, dtype: str) -> dict[str, Any]:
         """Say how a worker loads what :meth:`_load` does."""
         source = source_as_json(self._source(previous))
-        arguments = {"source": source, "device": self._pass_device(), "dtype": dtype, **self.job.options.trust}
+        device = self._pass_device().partition(":")[0]  # a worker sees one GPU
+        arguments = {"source": source, "device": device, "dtype": dtype, **self.job.options.trust}
         return {"function": "effcli.pass_models:model_of", "arguments": arguments}
 
     def _pass_device(self) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -243,3 +244,17 @@ def _refuse_what_looks_like_a_path(spec: str, path: Path) -> None:
             hint = did_you_mean(str(Path(spec)), siblings) or "; check the path, or see the names of: effcli models"
             raise SourceError(f"no file or folder '{spec}'{hint}")
         raise SourceError(f"no file or folder '{spec}': there is no folder '{path.parent}' either")
+
+
+def check_seen(path: Path) -> None:
+    """Refuse a model that this machine, which is to do a part of a pass, does not see.
+
+    Raises
+    ------
+    SourceError
+    """
+    if not path.exists():
+        raise SourceError(
+            f"'{path}' is not on {socket.gethostname()}, which does a part of the pass; on a cluster every node needs "
+            "the model under the same path: put it, or the cache that it is in, into a folder that all nodes share"
+        )

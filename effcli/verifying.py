@@ -166,12 +166,12 @@ def _check_exported(folder: Path) -> None:
 def _check_export_of(folder: Path, report: Mapping[str, Any]) -> None:
     """Check that the export in a checkpoint was made from it, and is what its report measured."""
     export, measured = folder / FOLDER, mapping(report.get("after_onnx"))
-    if not measured or not (export / EXPORTED).is_file():
+    if not measured or not (export / ONNX_EXPORT).is_file():
         raise SourceError(
             f"'{export}' and {REPORT_FILE} do not belong together: one of them knows of no export; fetch both again"
         )
     _check_exported(export)
-    record = read_json(export / EXPORTED)
+    record = read_json(export / ONNX_EXPORT)
     made_from = mapping(record.get("source")).get("fingerprint")
     weights = fingerprint([export / str(record.get("weights"))])
     after, ours = (mapping(mapping(side).get("model")) for side in (report.get("after"), measured.get("profile")))

@@ -160,11 +160,17 @@ class CalibrationText(Protocol):
 class Spread(Protocol):
     """Several workers that do independent parts of one pass."""
 
-    @property
-    def workers(self) -> int:
-        """How many parts run side by side."""
+    def room(self, memory_bytes: int) -> int:
+        """Return how many parts run side by side that take this much memory each, of the pass's device."""
 
-    def map(self, function: str, parts: Sequence[Mapping[str, Any]], progress: Progress | None = None) -> list[Any]:
+    def map(
+        self,
+        function: str,
+        parts: Sequence[Mapping[str, Any]],
+        progress: Progress | None = None,
+        *,
+        memory_bytes: int = 0,
+    ) -> list[Any]:
         """Call a function once a part, each in a worker of its own, and return the results in the order of the parts.
 
         Parameters
@@ -174,6 +180,8 @@ class Spread(Protocol):
             and with ``progress`` where it takes that. What it takes and returns is JSON-ready.
         parts : sequence of mapping
         progress : Progress, optional
+        memory_bytes : int
+            Of the pass's device, to reserve for each part besides what any process takes.
 
         Raises
         ------

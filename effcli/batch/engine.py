@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from effcli.batch.model import Event, Job, JobState, Outcome
 
@@ -38,6 +38,20 @@ class Engine(Protocol):
 
     def placement(self, job: Job) -> str:
         """Say where the job would run and what is reserved for it, for ``--dry-run``: ``"cpu, 2.1 GB"``."""
+        ...
+
+    def room_for(self, job: Job) -> int:
+        """Return how many jobs like this run side by side where nothing else runs."""
+        ...
+
+    def device_class(self, job: Job) -> Mapping[str, Any]:
+        """Return what the device of a job is, for its fingerprint: where it ran, else where it may run.
+
+        Returns
+        -------
+        mapping
+            ``type`` and ``name``, or ``any_of`` a list of such, where workers differ.
+        """
         ...
 
     def offer(self, job: Job, output: str, log: str, attempt: int) -> bool:

@@ -10,12 +10,13 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
 from effcli import built_source, builtin_models, recipes, sources, staging
+from effcli.batch import machine
 from effcli.batch.jobs_file import path_parameters
 from effcli.batch.model import Job
 from effcli.checkpoint_files import CONFIG, PIPELINE, sha256_each
@@ -41,14 +42,16 @@ class Fingerprints:
     cache : Path, optional
         JSON file that keeps the hashes from one run to the next; default: only in memory.
     device_class : callable, optional
-        Returns what a device is, by its name in the jobs file; default: as this machine has it.
+        Returns what the device of a job is: ``type`` and ``name``, or ``any_of`` several of these, where the job may
+        run on either; default: as this machine has it. See :meth:`effcli.batch.engine.Engine.device_class`.
     """
 
     def __init__(
-        self, cache: Path | None = None, device_class: Callable[[str], Mapping[str, str]] | None = None
+        self, cache: Path | None = None, device_class: Callable[[Job], Mapping[str, Any]] | None = None
     ) -> None:
         self._cache = cache
-        self._device_class = functools.cache(device_class or local_device)
+        here = functools.cache(machine.local_device)
+        self._device_class = device_class or (lambda job: here(job.device))
         self._known = _read_cache(cache)
 
     def of(self, job: Job) -> dict[str, dict[str, Any]]:
@@ -91,7 +94,7 @@ class Fingerprints:
             "texts": self._sha256({str(text): Path(text) for text in texts if text is not None}),
             "options": options | settings,
             "versions": dict(_versions(job.kind, kind, tuple(step["name"] for step in recipe.get("passes", ())))),
-            "device": dict(self._device_class(job.device)),
+            "device": dict(self._device_class(job)),
         }
 
     def difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -138,29 +141,24 @@ class Fingerprints:
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say in words what differs between two fingerprints; an empty string where nothing does.
 
-    The commit of a hub model that one of them does not know is no difference: a job's first run is what fetches it.
+    The commit of a hub model that one of them does not know is no difference: a job's first run is what fetches it. Nor
+    is a device that is one of those where the job may run now.
     """
     old, new = dict(old), dict(new)
     before, now = old.get("source", {}), new.get("source", {})
     unknown = {key for key in before.keys() & now.keys() if before[key] is None or now[key] is None}
     for item in (old, new):
         item["source"] = {key: value for key, value in item.get("source", {}).items() if key not in unknown}
+    there = _devices(new)
+    if all(device in there for device in _devices(old)):
+        new["device"] = old.get("device")
     return staging.changed(old, new)
 
 
-def local_device(name: str) -> dict[str, str]:
-    """Return type and name of a device of this machine, as the local engine uses it; needs torch only beside a GPU."""
-    from effcli.batch.machine import gpus
-    from profilers.device import processor_name
-
-    kind, _, number = name.partition(":")
-    found = gpus() if kind in ("auto", "cuda") else ()
-    if kind == "cuda" or found:
-        names = [gpu.name for gpu in found if number in ("", str(gpu.index))]
-        return {"type": "cuda", "name": names[0] if names else "not in this machine"}
-    if kind in ("auto", "cpu"):
-        return {"type": "cpu", "name": processor_name()}
-    return {"type": kind, "name": kind}
+def _devices(fingerprint: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+    found = fingerprint.get("device", {})
+    several: Sequence[Mapping[str, str]] = found.get("any_of", (found,))
+    return several
 
 
 def local_revision(spec: str, revision: str | None = None) -> str | None:

@@ -130,9 +130,9 @@ class Keeper:
         return None if record is None or record.passed is None else _seconds(record.passed.outcome)
 
     def completed(self, job: Job, fingerprint: dict[str, Any]) -> dict[str, Any]:
-        """Return the fingerprint of a job that has run, with what only its run could find out: a hub model's commit."""
+        """Return the fingerprint of a job that has run, with what only its run could find out: commit, device."""
         now = dict(self._fingerprints.of(_without_gates(job)[0]))
-        unchanged = not self._fingerprints.difference(fingerprint["job"], now)
+        unchanged = not self._fingerprints.difference(now, fingerprint["job"])
         return {**fingerprint, "job": now} if unchanged else fingerprint
 
     def _difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

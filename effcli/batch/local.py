@@ -12,6 +12,7 @@ with its first job and replaced after it died or ran out of memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import selectors
@@ -28,7 +29,7 @@ from typing import Any, Self
 
 import psutil
 
-from effcli.batch.machine import VISIBLE, Gpu, Machine, this_machine
+from effcli.batch.machine import VISIBLE, Gpu, Machine, local_device, this_machine
 from effcli.batch.memory import Estimate, estimate
 from effcli.batch.model import Event, Job, Outcome
 from effcli.errors import BadInputError
@@ -71,6 +72,7 @@ class LocalEngine:
         self._selector = selectors.DefaultSelector()
         self._pending: list[Event] = []
         self._estimates: dict[str, Estimate] = {}
+        self._device = functools.cache(local_device)
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +132,26 @@ class LocalEngine:
             return f"{where}, alone: its memory is not known before its model is here"
         alone = "" if self._fits_empty(wanted, self._suited(job)) else "; more than is free, so it runs alone"
         return f"{where}, {wanted} ({wanted.how}){alone}"
+
+    def room_for(self, job: Job) -> int:
+        """Return how many jobs like this run side by side, beside what this machine holds now."""
+        wanted, now = self._estimate(job, None), this_machine()
+        if wanted is None:
+            return 1
+        found, ram = 0, min(self._machine.free_bytes, now.free_bytes)
+        gpu = {one.index: one.free_bytes for one in now.gpus}
+        for slot in self._suited(job):
+            left = 0 if slot.gpu is None else gpu.get(slot.gpu.index, slot.gpu.free_bytes)
+            if wanted.ram_bytes > ram or wanted.gpu_bytes > left:
+                continue
+            found, ram = found + 1, ram - wanted.ram_bytes
+            if slot.gpu is not None:
+                gpu[slot.gpu.index] = left - wanted.gpu_bytes
+        return found
+
+    def device_class(self, job: Job) -> Mapping[str, str]:
+        """Return what the job's device is on this machine."""
+        return self._device(job.device)
 
     def offer(self, job: Job, output: str, log: str, attempt: int) -> bool:
         """Start the job now if a worker and the memory for it are free; else return False and change nothing."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from profilers.device import machine_memory_bytes
+from profilers.device import machine_memory_bytes, processor_name
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -72,6 +72,28 @@ def gpus() -> tuple[Gpu, ...]:
         asked = os.environ.get(VISIBLE)
         names = asked.split(",") if asked is not None else [str(index) for index in range(nvml.nvmlDeviceGetCount())]
         return tuple(_gpu(nvml, index, name.strip()) for index, name in enumerate(names) if name.strip())
+
+
+def local_device(name: str) -> dict[str, str]:
+    """Return type and name of a device of this machine, as the local engine uses it; needs torch only beside a GPU."""
+    kind, _, number = name.partition(":")
+    found = gpus() if kind in ("auto", "cuda") else ()
+    if kind == "cuda" or found:
+        names = [gpu.name for gpu in found if number in ("", str(gpu.index))]
+        return {"type": "cuda", "name": names[0] if names else "not in this machine"}
+    if kind in ("auto", "cpu"):
+        return {"type": "cpu", "name": processor_name()}
+    return {"type": kind, "name": kind}
+
+
+def devices_of(kind: str) -> list[dict[str, str]]:
+    """Return type and name of the devices of a type that this machine has, those that this process does not see too."""
+    if kind != "cuda":
+        return [local_device(kind)]
+    with _nvml() as nvml:
+        handles = [] if nvml is None else map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        names = sorted({str(nvml.nvmlDeviceGetName(handle)) for handle in handles})
+    return [{"type": "cuda", "name": name} for name in names]
 
 
 def _gpu(nvml: Any, index: int, visible: str) -> Gpu:

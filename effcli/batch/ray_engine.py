@@ -13,6 +13,8 @@ and its GPU stay reserved, which those of a task that has ended are not. Ray its
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from effcli.batch.machine import devices_of
 from effcli.batch.memory import estimate
 from effcli.batch.model import Event, Job, Outcome
 from effcli.batch.ray_address import connect, said_by_ray
@@ -32,6 +35,8 @@ from effcli.reports.model import plain
 
 IDLE_SECONDS = 60.0
 """After which a slot without a job gives its place back, to other users of the cluster."""
+ASK_SECONDS = 60.0
+"""How long a node may take to say what its device is; it starts a process for that."""
 _ID_LETTERS = 6
 
 
@@ -106,18 +111,22 @@ class RayEngine:
         and ends with the batch.
     workers : int, optional
         Jobs at once at most; default: as many as the nodes have room for.
-    threads : int
-        CPUs that a job reserves and computes with.
+    threads : int or None
+        CPUs that a job reserves and computes with. None: ``OMP_NUM_THREADS`` where that is set here, else an equal
+        share of the CPUs (or, for jobs on GPUs, of those beside the GPUs) between ``workers``; one where these are not
+        given.
     """
 
     name = "ray"
 
-    def __init__(self, address: str | None = "auto", *, workers: int | None = None, threads: int = 1) -> None:
+    def __init__(self, address: str | None = "auto", *, workers: int | None = None, threads: int | None = 1) -> None:
         self._address, self._workers, self._threads = address, workers, threads
         self._slots: list[_Slot] = []
         self._ended: list[Event] = []
         self._connected = False
         self._memory: dict[str, int] = {}
+        self._devices: dict[tuple[Any, ...], list[dict[str, str]]] = {}
+        self._ran_on: dict[str, dict[str, str]] = {}
         self._versions = package_versions()
 
     def __enter__(self) -> Self:
@@ -193,6 +202,61 @@ class RayEngine:
         need = self._need(job)
         return f"{need}, on any of {sum(node.fits(need) for node in self._nodes().values())} nodes"
 
+    def room_for(self, job: Job) -> int:
+        """Return how many jobs like this the nodes that are alive have room for, ``workers`` at most."""
+        need, found = self._need(job), 0
+        for node in self._nodes().values():
+            while node.fits(need):
+                node.take(need)
+                found += 1
+        return found if self._workers is None else min(found, self._workers)
+
+    def device_class(self, job: Job) -> Mapping[str, Any]:
+        """Return what the device of the node is where a job of this run ran, else of all nodes where it may run.
+
+        Raises
+        ------
+        BadInputError
+            If no node answers.
+        """
+        if job.name in self._ran_on:
+            return self._ran_on[job.name]
+        gpus, labels = self._gpus(job), tuple(sorted(job.labels.items()))
+        kind = "cuda" if gpus else "cpu" if job.device == "auto" else job.device.partition(":")[0]
+        key = (kind, gpus, labels)
+        if key not in self._devices:
+            self._devices[key] = self._ask_nodes(kind, _Need(0.0, gpus, 0, job.labels))
+        found = self._devices[key]
+        if not found:
+            return {"type": kind, "name": "not in this cluster"}
+        return found[0] if len(found) == 1 else {"any_of": found}
+
+    def _ask_nodes(self, kind: str, need: _Need) -> list[dict[str, str]]:
+        """Return the devices of a type on the nodes that have what is needed; a node need not be idle to answer."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        ask = self._ray.remote(devices_of)
+        asked = [
+            ask.options(
+                num_cpus=0, num_gpus=0, max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            ).remote(kind)
+            for node, has in self._nodes().items()
+            if has.fits(need) and has.cpus
+        ]  # fmt: skip
+        if not asked:
+            return []
+        answered, late = self._ray.wait(asked, num_returns=len(asked), timeout=ASK_SECONDS)
+        found, said = [], f"{len(late)} did not answer within {ASK_SECONDS:.0f} s"
+        for reference in answered:
+            try:
+                found += self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                said = _not_importable(error) or said_by_ray(error)
+        if not found:
+            raise BadInputError(f"no node of the Ray cluster says what its '{kind}' device is: {said}")
+        return sorted({tuple(device.items()): device for device in found}.values(), key=str)
+
     def offer(self, job: Job, output: str, log: str, attempt: int) -> bool:
         """Start the job if a node has room for it; else return False and change nothing."""
         if self._workers is not None and sum(slot.job is not None for slot in self._slots) >= self._workers:
@@ -255,6 +319,7 @@ class RayEngine:
         else:
             if "node" in data:
                 slot.node = data["node"]
+                self._ran_on[slot.job.name] = data["device"]
                 return
             event = event_from(data, self._where(slot))
             self._ended.append(event)
@@ -264,11 +329,9 @@ class RayEngine:
     def _lose(self, slot: _Slot, error: Exception) -> None:
         """Say that a slot is dead, which Ray has just made sure of."""
         assert slot.job is not None
-        missing = re.search(r"No module named '([^']*)'", str(error))
-        if missing is not None:
-            message = (
-                f"a node of the cluster cannot import '{missing[1]}'; install effcli there, in the same version as here"
-            )
+        self._ran_on.pop(slot.job.name, None)
+        message = _not_importable(error)
+        if message is not None:
             self._end(slot, Outcome("failed", message, EXIT_BAD_INPUT))
             return
         node = self._nodes(alive=False).get(slot.node or "")
@@ -312,7 +375,7 @@ class RayEngine:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            .remote(self._threads, need.gpus)
+            .remote(int(need.cpus), need.gpus)
         )
         slot = _Slot(actor, need)
         self._slots.append(slot)
@@ -337,9 +400,7 @@ class RayEngine:
         return True
 
     def _need(self, job: Job, output: str | None = None) -> _Need:
-        nodes = [node for node in self._nodes().values() if job.labels.items() <= node.labels.items()]
-        on_gpu = job.device.startswith("cuda") or (job.device == "auto" and any(node.gpus for node in nodes))
-        gpus = job.gpus or (1.0 if on_gpu else 0.0)
+        nodes, gpus = self._labelled(job), self._gpus(job)
         known = self._memory.get(job.name)
         if known is None:
             folder = None if output is None or is_url(output) else Path(output)
@@ -348,7 +409,29 @@ class RayEngine:
                 known = self._memory[job.name] = estimated.ram_bytes
         if known is None:  # not known before its model is there: alone on a node
             known = int(min((node.memory_bytes for node in nodes if node.gpus >= gpus), default=0))
-        return _Need(float(self._threads), gpus, known, job.labels)
+        return _Need(float(self._share(nodes, gpus)), gpus, known, job.labels)
+
+    def _labelled(self, job: Job) -> list[_Node]:
+        return [node for node in self._nodes().values() if job.labels.items() <= node.labels.items()]
+
+    def _gpus(self, job: Job) -> float:
+        """Return the GPUs of a job: those it asks for, else one if it runs on a GPU."""
+        on_gpu = job.device == "auto" and any(node.gpus for node in self._labelled(job))
+        return job.gpus or float(on_gpu or job.device.startswith("cuda"))
+
+    def _share(self, nodes: Sequence[_Node], gpus: float) -> int:
+        """Return the CPUs of a job; found out once, so that a node that dies changes no result."""
+        if self._threads is None:
+            asked = os.environ.get("OMP_NUM_THREADS", "")
+            most = int(max((node.cpus for node in nodes), default=1))
+            shares = (
+                cpus
+                for cpus in range(most, 0, -1)
+                if sum(int(min(node.cpus // cpus, node.gpus // gpus if gpus else math.inf)) for node in nodes)
+                >= (self._workers or math.inf)
+            )
+            self._threads = int(asked) if asked.isdecimal() else next(shares, 1)
+        return self._threads
 
     def _nodes(self, *, alive: bool = True) -> dict[str, _Node]:
         """Return the nodes by id, with all that they have."""
@@ -381,6 +464,14 @@ class RayEngine:
 
 def _idle_seconds(slot: _Slot) -> float:
     return time.monotonic() - slot.used
+
+
+def _not_importable(error: Exception) -> str | None:
+    """Return what to say of a node that lacks a module, None where an error is about something else."""
+    missing = re.search(r"No module named '([^']*)'", str(error))
+    if missing is None:
+        return None
+    return f"a node of the cluster cannot import '{missing[1]}'; install effcli there, in the same version as here"
 
 
 def _own(label: str) -> bool:

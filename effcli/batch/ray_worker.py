@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effcli.batch.machine import local_device
 from effcli.batch.model import Event, Job, Outcome
 from effcli.batch.storage import is_url, log_file
 from effcli.errors import EXIT_BAD_INPUT, EXIT_NO_ROOM, EffcliError
@@ -59,11 +60,11 @@ class Slot:
     def run(
         self, job: Mapping[str, Any], output: str, log: str, attempt: int, versions: Mapping[str, str | None]
     ) -> Iterator[dict[str, Any]]:
-        """Run a job; yield the node, then its events as plain data, four a second at most, until it has ended."""
+        """Run a job; yield the node and its device, then events as plain data, four a second at most, to its end."""
         import ray
 
-        yield {"node": ray.get_runtime_context().get_node_id()}
         given = Job.from_mapping(job)
+        yield {"node": ray.get_runtime_context().get_node_id(), "device": local_device(given.device)}
         refused = different_versions(versions, package_versions()) or _not_shared(output, log) or _locked(given, output)
         if refused is not None:
             yield _finished(given, refused)
@@ -139,8 +140,8 @@ def _not_shared(output: str, log: str) -> Outcome | None:
         return None
     return Outcome(
         "failed",
-        f"node {_host()} does not see the output '{output}'; on a cluster it has to be a folder that all nodes share "
-        "under the same path, or a URL such as s3://bucket/runs",
+        f"node {_host()} does not see the folder '{output}'; on a cluster an output has to be in a folder that all "
+        "nodes share under the same path, or of a batch a URL such as s3://bucket/runs",
         EXIT_BAD_INPUT,
     )
 

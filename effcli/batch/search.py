@@ -17,9 +17,9 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ def searches(file: JobsFile, output: str, fingerprints: Fingerprinting, *, paral
     output : str
         An absolute folder or a URL.
     fingerprints : Fingerprinting
+        Asked once the engine is entered.
     parallel : int, optional
         As for :class:`Search`; default: the file's ``workers``, else 1.
 
@@ -67,14 +68,17 @@ def searches(file: JobsFile, output: str, fingerprints: Fingerprinting, *, paral
     """
     from effcli.batch.matrix import search_job
 
+    def of_model(base: Job) -> Mapping[str, Any] | None:
+        try:
+            return fingerprints.of(replace(base, settings={}))
+        except (PassError, EffcliError):  # its jobs will say what is wrong with the model; others go on
+            return None
+
     found = []
     for name, spec in file.search.items():
         base = search_job(file, name)
-        try:
-            of_model = fingerprints.of(replace(base, settings={}))
-        except (PassError, EffcliError):  # its jobs will say what is wrong with the model; others go on
-            of_model = None
-        found.append(Search(name, spec, base, output, parallel=parallel or file.workers or 1, fingerprint=of_model))
+        ask = partial(of_model, base)
+        found.append(Search(name, spec, base, output, parallel=parallel or file.workers or 1, fingerprint=ask))
     return found
 
 
@@ -94,8 +98,8 @@ class Search:
         Folder of the default storage; default: :func:`effcli.batch.locking.state_folder`.
     parallel : int
         How many of its jobs run at a time. Further ones know as much less about the results.
-    fingerprint : mapping, optional
-        What the model and its measurement depend on, JSON-ready: another one begins another study.
+    fingerprint : callable, optional
+        Returns what the model and its measurement depend on, JSON-ready: another one begins another study.
 
     Raises
     ------
@@ -112,7 +116,7 @@ class Search:
         *,
         state: Path | None = None,
         parallel: int = 1,
-        fingerprint: Mapping[str, Any] | None = None,
+        fingerprint: Callable[[], Mapping[str, Any] | None] | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -389,7 +393,7 @@ class Search:
         data = {
             "spec": self.spec.model_dump(mode="json", by_alias=True, exclude=free),
             "model": [self._base.model, self._base.model_from, self._base.revision, self._base.dtype],
-            "fingerprint": None if self._fingerprint is None else dict(self._fingerprint),
+            "fingerprint": None if self._fingerprint is None else self._fingerprint(),
         }
         return f"{self.name}-{hashlib.sha256(_text(data).encode()).hexdigest()[:12]}"
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effcli.cli.options import QuietOption
+from effcli.cli.options import AddressOption, EngineName, EngineOption, QuietOption
 from effcli.cli.output import check_writable, perhaps_unread, warn
 from effcli.errors import EXIT_OK, BadInputError, did_you_mean
 
 if TYPE_CHECKING:
-    from effcli.batch.engine import Engine, View
+    from effcli.batch.engine import View
     from effcli.batch.model import Job, JobState
 
 MOST_ROWS = 60
@@ -27,21 +26,10 @@ SEARCH_JOBS = 4
 """Jobs of a search at a time where neither the file nor --workers says how many: more at once learn less from each."""
 
 
-class EngineName(StrEnum):
-    """Where jobs run."""
-
-    local = "local"
-    ray = "ray"
-
-
 def command(
     jobs_file: Annotated[Path, typer.Argument(metavar="JOBS_FILE", help="YAML: models, profiles, recipes, exports.")],
-    engine: Annotated[
-        EngineName, typer.Option("--engine", help="Processes of this machine, or a Ray cluster (effcli[ray]).")
-    ] = EngineName.local,
-    address: Annotated[
-        str | None, typer.Option("--address", help="Of the Ray cluster: auto, HOST:PORT; default: one started here.")
-    ] = None,
+    engine: EngineOption = EngineName.local,
+    address: AddressOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, where, and about how long, and stop.")
     ] = False,
@@ -74,8 +62,9 @@ def command(
 
     Exit code: 0 all passed, 3 a gate failed, 1 a job failed; their names are the last lines on stderr.
     """
-    if address is not None and engine is not EngineName.ray:
-        raise BadInputError(f"--address '{address}' is for --engine ray; add that, or leave --address out")
+    from effcli.batch.engines import check, engine_for
+
+    check(engine.value, address)
     if prometheus is not None:
         check_writable(prometheus)
     from effcli.batch import driver, matrix, summary
@@ -86,17 +75,18 @@ def command(
 
     file = files.read(jobs_file, _variables(variables or ()))
     where = _absolute(output or file.output)
-    on = _engine(engine, address, workers or file.workers)
+    on = engine_for(engine.value, address, workers or file.workers)
     jobs, names = _chosen(matrix.jobs(file), {name: matrix.search_job(file, name) for name in file.search}, only)
     parallel = workers or file.workers or (len(on.workers()) if engine is EngineName.local else SEARCH_JOBS)
-    hashes = Fingerprints(None if dry_run else state_folder(where) / "hashes.json")
-    sources = [found for found in searches(file, where, hashes, parallel=parallel) if found.name in names]
+    prints = Fingerprints(None if dry_run else state_folder(where) / "hashes.json", on.device_class)
+    found = searches(file, where, prints, parallel=parallel)
+    sources = [source for source in found if source.name in names]
     if dry_run:
         with on:
-            for line in driver.dry_run(jobs, where, on, fingerprints=hashes, sources=sources):
+            for line in driver.dry_run(jobs, where, on, fingerprints=prints, sources=sources):
                 typer.echo(line)
         return
-    ran = driver.run(jobs, where, on, fingerprints=hashes, sources=sources, view=_view(prometheus, quiet=quiet))
+    ran = driver.run(jobs, where, on, fingerprints=prints, sources=sources, view=_view(prometheus, quiet=quiet))
     report = summary.batch_report(
         ran.states,
         command=shlex.join(["effcli", *sys.argv[1:]]),
@@ -128,16 +118,6 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 def _absolute(output: str) -> str:
     return output if "://" in output else str(Path(output).absolute())
-
-
-def _engine(name: EngineName, address: str | None, workers: int | None) -> Engine:
-    if name is EngineName.ray:
-        from effcli.batch.ray_engine import RayEngine
-
-        return RayEngine(address, workers=workers)
-    from effcli.batch.local import LocalEngine
-
-    return LocalEngine(workers)
 
 
 def _chosen(

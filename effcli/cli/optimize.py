@@ -11,9 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from effcli.cli.options import (
+    AddressOption,
     AllowPickleOption,
     DeviceOption,
     DtypeOption,
+    EngineName,
+    EngineOption,
     FormatOption,
     ModelArgument,
     PassOption,
@@ -67,8 +70,15 @@ def command(
     context: Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens; default 512.")] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences.")] = 1,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Processes that do parts of a pass side by side, where it has any.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            help="Processes that do parts of a pass side by side, where it has any; default: 1; with ray, what fits.",
+        ),
+    ] = None,
+    engine: EngineOption = EngineName.local,
+    address: AddressOption = None,
     export: Annotated[
         str | None,
         typer.Option("--export", metavar="FORMAT", help="Write and measure the result in this format too: onnx."),
@@ -118,6 +128,8 @@ def command(
             context=context,
             batch=batch,
             workers=workers,
+            engine=engine.value,
+            address=address,
             export=export,
             progress=progress,
             on_warning=None if quiet else lambda line: warn((line,)),

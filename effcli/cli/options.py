@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,13 @@ def _complete_pass(incomplete: str) -> list[str]:
     from passes.registry import names
 
     return [name for name in names() if name.startswith(incomplete)]
+
+
+class EngineName(StrEnum):
+    """Where jobs, or parts of a pass, run."""
+
+    local = "local"
+    ray = "ray"
 
 
 ModelArgument = Annotated[
@@ -68,6 +76,12 @@ OutputOption = Annotated[
     typer.Option(
         "--output", "-o", help="Write the report to this file (.json, .md, .html, .txt); may be given more than once."
     ),
+]
+EngineOption = Annotated[
+    EngineName, typer.Option("--engine", help="Processes of this machine, or a Ray cluster (effcli[ray]).")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Of the Ray cluster: auto, HOST:PORT; default: one started here.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings, no verdict.")]
 

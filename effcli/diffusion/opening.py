@@ -35,7 +35,7 @@ from effcli.errors import NoRoomError, SourceError, did_you_mean
 from effcli.formatting import data_size
 from effcli.quiet import quiet_diffusers
 from effcli.reports.pipeline_model import Component, PipelineInfo
-from effcli.sources import Source, resolve
+from effcli.sources import Source, check_seen, resolve
 from passes.base import MissingExtraError
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def is_pipeline(spec: str) -> bool:
 
 def pipeline_of(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
     """Return the pipeline of a local folder, for a worker that does a part of a pass."""
+    check_seen(Path(folder))
     return open_pipeline(Path(folder), device=device, dtype=dtype, trust_remote_code=trust_remote_code).pipeline
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from passes.base import Spread
     from profilers.base import Progress
 
+MakeSpread = Callable[[Path, str], "AbstractContextManager[Spread | None]"]
+"""Of the staging folder and a device's type."""
 REPORT, PAGE = "report.json", "report.html"
 _AFTER = "after"
 
@@ -65,9 +68,12 @@ def optimize_pipeline(
     dry_run: bool = False,
     progress: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
-    spread: Spread | None = None,
+    spread: MakeSpread | None = None,
 ) -> PipelineOptimizeReport | DryRun:
-    """Make a pipeline skip steps, and publish it with its report; see :func:`effcli.pipeline.optimize`."""
+    """Make a pipeline skip steps, and publish it with its report; see :func:`effcli.pipeline.optimize`.
+
+    ``spread`` makes the workers that parts of a pass may run in.
+    """
     shown, times = progress or SilentProgress(), Times()
     with times.stage("check", own=True):
         job = prepare(model, recipe, Path(output), options, shown)
@@ -76,7 +82,8 @@ def optimize_pipeline(
     staged_work = staging.open_staging(job.target, job.fingerprint(), resume=options.resume, force=options.force)
     with quiet_diffusers(shown), staged_work as staged:
         try:
-            return _run(job, staged, times, shown, on_warning, spread)
+            with nullcontext() if spread is None else spread(staged.folder, job.opened.device.type) as made:
+                return _run(job, staged, times, shown, on_warning, made)
         except KeyboardInterrupt:
             if staged.is_empty():
                 raise InterruptedRunError("interrupted before anything was finished; nothing was written") from None
@@ -180,7 +187,7 @@ def _pass(
                 "function": "effcli.diffusion.opening:pipeline_of",
                 "arguments": {
                     "folder": str(previous.absolute()),
-                    "device": str(job.opened.device),
+                    "device": job.opened.device.type,
                     "dtype": str(job.opened.dtype).removeprefix("torch."),
                     "trust_remote_code": job.options.trust_remote_code,
                 },

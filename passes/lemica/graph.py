@@ -153,7 +153,7 @@ def build(
         builder.as_recorded = check.as_recorded
         edges = edges_of(recording.steps, max_gap)
         spreading.merge(journal)
-        if spread is not None and spread.workers > 1 and opening is not None and combine is None:
+        if spread is not None and opening is not None and combine is None:
             spreading.run(builder, edges, journal, spread, opening, progress)
         builder.run(edges, journal, progress)
     return ErrorGraph(

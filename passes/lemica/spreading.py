@@ -26,6 +26,8 @@ from profilers.base import Progress
 
 Edges = Sequence[tuple[int, int]]
 _FUNCTION = "passes.lemica.spreading:measure"
+_TIMES_WEIGHTS = 2
+"""What a part takes, in bytes of the pipeline's weights: states and residuals of a batch lie beside them."""
 
 
 def run(
@@ -37,6 +39,10 @@ def run(
     progress: Progress,
 ) -> None:
     """Measure the edges that a journal does not have, in the workers of ``spread``."""
+    memory_bytes = _TIMES_WEIGHTS * _weight_bytes(builder.pipeline)
+    parts = spread.room(memory_bytes)
+    if parts < 2:
+        return
     work = journal.path.parent
     left = builder.left(edges, journal)
     costs = {key: len(rows) * (builder.recording.steps - key[1]) for key, rows in left.items() if rows}
@@ -52,13 +58,13 @@ def run(
             "edges": [list(edge) for edge in edges],
             "groups": [list(key) for key in keys],
             "number": number,
-            "parts": spread.workers,
+            "parts": parts,
         }
-        for number, keys in enumerate(shared(costs, spread.workers))
+        for number, keys in enumerate(shared(costs, parts))
         if keys
     ]
     if len(given) > 1:
-        spread.map(_FUNCTION, given, progress)
+        spread.map(_FUNCTION, given, progress, memory_bytes=memory_bytes)
         merge(journal)
 
 
@@ -104,6 +110,13 @@ def shared(costs: Mapping[tuple[int, int], int], parts: int) -> list[list[tuple[
         totals[least] += costs[key]
         owner[key] = least
     return [[key for key in costs if owner[key] == part] for part in range(parts)]
+
+
+def _weight_bytes(pipeline: Any) -> int:
+    from torch import nn
+
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
 
 def merge(journal: Journal) -> None:

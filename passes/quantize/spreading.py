@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from passes.quantize.parameters import QuantizeParameters
 
 _FUNCTION = "passes.quantize.spreading:measure"
-_SPARE = 2.0
-"""Copies of the model that memory has to have room for, by copy that is made: a measurement needs some beside it."""
+_TIMES_WEIGHTS = 2
+"""What a part takes, in bytes of the model: a measurement needs some beside it."""
 
 
 def run(
@@ -40,23 +40,25 @@ def run(
 ) -> tuple[str, ...]:
     """Measure what the store does not have in the workers of ``context.spread``; return notes."""
     spread = context.spread
-    if spread is None or context.opening is None or min(spread.workers, len(missing)) < 2:
+    if spread is None or context.opening is None or len(missing) < 2:
         return ()
-    if not _fits(model, spread.workers, context.device):
-        return (f"sensitivity was measured by one process: {spread.workers} copies of the model do not fit",)
+    memory_bytes = _TIMES_WEIGHTS * sum(parameter.nbytes for parameter in model.parameters())
+    workers = min(spread.room(memory_bytes), len(missing))
+    if workers < 2:
+        return ("sensitivity was measured by one process: two copies of the model do not fit",)
     parts: list[dict[str, Any]] = [
         {
             "opening": dict(context.opening),
             "parameters": parameters.model_dump(mode="json"),
-            "device": str(context.device),
+            "device": context.device.type,
             "ids": ids.tolist(),
-            "names": missing[number :: spread.workers],
+            "names": missing[number::workers],
             "identity": store.identity,
             "path": str(_path(context.work, number).absolute()),
         }
-        for number in range(min(spread.workers, len(missing)))
+        for number in range(workers)
     ]
-    found = spread.map(_FUNCTION, parts, context.progress)
+    found = spread.map(_FUNCTION, parts, context.progress, memory_bytes=memory_bytes)
     merge(context.work, store)
     return tuple(dict.fromkeys(note for notes in found for note in notes))
 
@@ -104,10 +106,3 @@ def merge(work: Path, store: sensitivity.Store) -> None:
 
 def _path(work: Path, number: int) -> Path:
     return work / f"sensitivity-part-{number}.json"
-
-
-def _fits(model: PreTrainedModel, copies: int, device: torch.device) -> bool:
-    from profilers.device import memory_available_bytes
-
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    return bool(_SPARE * copies * size <= memory_available_bytes(device))

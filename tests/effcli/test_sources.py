@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from effcli import sources
 from effcli.errors import SourceError
+from effcli.sources import check_seen
 from tests.effcli import tiny_files
 
 
@@ -216,3 +218,9 @@ def test_hub_id_offline(spec):
 def test_revision_is_for_hub_ids(folder):
     assert "--revision" in refusal(folder, revision="main")
     assert "--revision" in refusal("smollm2-135m", revision="main")
+
+
+def test_a_node_that_does_not_see_a_model_names_its_path(tmp_path: Path) -> None:
+    check_seen(tmp_path)
+    with pytest.raises(SourceError, match=f"'{tmp_path}/gone' is not on .* into a folder that all nodes share"):
+        check_seen(tmp_path / "gone")

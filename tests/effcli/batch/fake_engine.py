@@ -93,6 +93,12 @@ class FakeEngine:
     def placement(self, job: Job) -> str:
         return "cpu, 2.1 GB"
 
+    def room_for(self, job: Job) -> int:
+        return self.slots
+
+    def device_class(self, job: Job) -> Mapping[str, Any]:
+        return {"type": "cpu", "name": "fake"}
+
     def offer(self, job: Job, output: str, log: str, attempt: int) -> bool:
         self.offered.append(job.name)
         if len(self._busy) >= self.slots:

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 
 def where(zone: str | None = None) -> dict[str, object]:
@@ -35,3 +37,19 @@ def compute(loops: int) -> int:
     for number in range(loops):
         total = (total * 31 + number) % 1_000_003
     return total
+
+
+def held_llama(work: str) -> Any:
+    """Return a tiny llama; a part that measures it stops after its first group, for as long as ``work/hold`` exists."""
+    from passes.quantize.sensitivity import Store
+    from tests.passes.quantize.compressed import tiny_llama
+
+    add = Store.add
+
+    def held(*given: Any) -> None:
+        add(*given)
+        while (Path(work) / "hold").exists():
+            time.sleep(0.05)
+
+    mock.patch.object(Store, "add", held).start()
+    return tiny_llama()

@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import pytest
 from effcli.batch import driver, journal
 from effcli.batch.driver import BatchRun
 from effcli.batch.engine import JobSource
+from effcli.batch.fingerprint import Fingerprints
+from effcli.batch.keeping import Fingerprinting
 from effcli.batch.model import STATE_FOLDER, Event, Job, Limits, Outcome
 from effcli.batch.storage import Storage
 from effcli.errors import BadInputError, InterruptedRunError, NoRoomError
@@ -36,7 +38,7 @@ def _run(
     output: Path | str,
     jobs: Sequence[Job],
     engine: FakeEngine | None = None,
-    prints: WordFingerprints | None = None,
+    prints: Fingerprinting | None = None,
     **more: Any,
 ) -> tuple[BatchRun, FakeEngine]:
     engine = engine or FakeEngine()
@@ -520,3 +522,24 @@ def test_dry_run_says_what_runs_why_where_and_how_long(tmp_path: Path) -> None:
     ]
     assert engine.ran == []
     assert (tmp_path / STATE_FOLDER / "journal.jsonl").read_bytes() == before
+
+
+def test_a_job_is_kept_while_what_it_ran_on_is_among_what_there_is(tmp_path: Path) -> None:
+    """Workers differ: the journal has the device that a job ran on, and any that it may run on now is good enough."""
+    old, new, other = ({"type": "cuda", "name": name} for name in ("A100", "H100", "L40S"))
+
+    def run(*there: dict[str, str]) -> tuple[list[str], list[str]]:
+        def device_class(asked: Job) -> Mapping[str, Any]:
+            if asked.name in engine.ran:
+                return there[0]
+            return there[0] if len(there) == 1 else {"any_of": list(there)}
+
+        engine = FakeEngine()
+        called = Job("a", "call", "", "", "part", {"function": "x:y", "arguments": {}})
+        done, _ = _run(tmp_path, [called], engine, Fingerprints(device_class=device_class))
+        return [state.stage for state in done.states], engine.ran
+
+    assert run(old, new) == (["passed"], ["a"])
+    assert run(new, old) == run(old) == run(other, old) == (["kept"], [])
+    assert run(new) == (["passed"], ["a"])
+    assert run(old) == (["passed"], ["a"])

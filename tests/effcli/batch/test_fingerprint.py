@@ -121,12 +121,12 @@ def test_versions_and_device_count(files: Path, monkeypatch: pytest.MonkeyPatch)
 def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "gpus", lambda: ())
     here = environment_device_name()
-    assert fingerprint.local_device("auto") == fingerprint.local_device("cpu") == {"type": "cpu", "name": here}
-    assert fingerprint.local_device("cuda:1") == {"type": "cuda", "name": "not in this machine"}
-    assert fingerprint.local_device("mps") == {"type": "mps", "name": "mps"}
+    assert machine.local_device("auto") == machine.local_device("cpu") == {"type": "cpu", "name": here}
+    assert machine.local_device("cuda:1") == {"type": "cuda", "name": "not in this machine"}
+    assert machine.local_device("mps") == {"type": "mps", "name": "mps"}
     two = (machine.Gpu(0, "0", "A100", 1, 1), machine.Gpu(1, "1", "H100", 1, 1))
     monkeypatch.setattr(machine, "gpus", lambda: two)
-    names = {name: fingerprint.local_device(name)["name"] for name in ("auto", "cpu", "cuda", "cuda:1", "cuda:2")}
+    names = {name: machine.local_device(name)["name"] for name in ("auto", "cpu", "cuda", "cuda:1", "cuda:2")}
     assert names == {"auto": "A100", "cpu": here, "cuda": "A100", "cuda:1": "H100", "cuda:2": "not in this machine"}
 
 

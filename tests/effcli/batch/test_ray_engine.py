@@ -6,7 +6,6 @@ import json
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from effcli.errors import BadInputError
 from effcli.staging import folder_for
 from tests.effcli.batch.killable import calls
 from tests.effcli.batch.killing import check, results
+from tests.effcli.batch.ray_cluster import two_nodes
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'effcli[ray]'")
 
@@ -32,14 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-STORE_BYTES = 80 * 2**20
 PATIENCE_SECONDS = 300.0
-QUICK_DEATH = {
-    "health_check_initial_delay_ms": 500,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 5000,
-    "health_check_failure_threshold": 3,
-}
 SMALL = Limits(memory_bytes=10**9)
 
 
@@ -50,18 +43,8 @@ def call(name: str, function: str = "where", **arguments: Any) -> Job:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Start a head without CPUs and two nodes with one each."""
-    from ray.cluster_utils import Cluster
-
-    common = {"object_store_memory": STORE_BYTES, "include_dashboard": False, "include_log_monitor": False}
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        patch.setenv("RAY_TMPDIR", folder)  # pytest's own folders make the paths of sockets too long
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")  # 15 without; beside other work that is a standstill
-        made = Cluster(initialize_head=True, head_node_args={**common, "num_cpus": 0, "_system_config": QUICK_DEATH})
-        made.killable = {zone: made.add_node(num_cpus=1, labels={"zone": zone}, **common) for zone in ("a", "b")}
+    with two_nodes() as made:
         yield made
-        made.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +181,7 @@ def test_nodes_that_are_not_as_this_machine_are_refused(
     elsewhere = ends(run(connected, [call("lost")], output / "not-shared"))["lost"].outcome
     assert elsewhere is not None
     assert elsewhere.exit_code == 2
-    assert "a folder that all nodes share" in elsewhere.message
+    assert f"does not see the folder '{output / 'not-shared'}'" in elsewhere.message
     monkeypatch.setattr(connected, "_versions", {"effcli": "99.1", "torch": "1.0"})
     other = ends(run(connected, [call("other")], output))["other"].outcome
     assert other is not None

@@ -237,8 +237,8 @@ def test_a_model_that_never_works_ends_the_search(tmp_path: Path) -> None:
 
 
 def test_another_model_is_another_study(tmp_path: Path) -> None:
-    run(Search("s", spec(trials=2), BASE, str(tmp_path), fingerprint={"sha256": "a"}), Engine(tmp_path))
-    other = Search("s", spec(trials=2), BASE, str(tmp_path), fingerprint={"sha256": "b"})
+    run(Search("s", spec(trials=2), BASE, str(tmp_path), fingerprint=lambda: {"sha256": "a"}), Engine(tmp_path))
+    other = Search("s", spec(trials=2), BASE, str(tmp_path), fingerprint=lambda: {"sha256": "b"})
     assert other.result().trials == 0
     assert other.result().message == "no trial was run"
 

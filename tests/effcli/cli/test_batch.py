@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from effcli.batch import engines
 from effcli.batch.model import Outcome
 from effcli.cli import batch
 from effcli.cli.main import main
@@ -44,7 +45,7 @@ def run(
 
     def run(*arguments: str, **acts: Act) -> tuple[int, str, str]:
         engine = FakeEngine({name.replace("_", "."): [act] for name, act in acts.items()})
-        monkeypatch.setattr(batch, "_engine", lambda *given: engine)
+        monkeypatch.setattr(engines, "engine_for", lambda *given: engine)
         capsys.readouterr()
         code = main(["batch", "jobs.yaml", *arguments])
         captured = capsys.readouterr()
@@ -156,9 +157,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_reader_that_leaves_stops_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "jobs.yaml").write_text(JOBS.format(source=tiny_folder), encoding="utf-8")
     code = (
-        "import sys; from effcli.cli import batch, main; from tests.effcli.batch.fake_engine import FakeEngine; "
+        "import sys; from effcli.batch import engines; from effcli.cli import main; "
+        "from tests.effcli.batch.fake_engine import FakeEngine; "
         "from tests.effcli.cli.test_batch import MISSED; "
-        "batch._engine = lambda *given: FakeEngine({'last': [MISSED]}); sys.exit(main.main(['batch', 'jobs.yaml']))"
+        "engines.engine_for = lambda *given: FakeEngine({'last': [MISSED]}); "
+        "sys.exit(main.main(['batch', 'jobs.yaml']))"
     )
     read, write = os.pipe()
     os.close(read)

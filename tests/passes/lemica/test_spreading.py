@@ -28,13 +28,22 @@ def opened(layers: int) -> Any:
 class Here:
     """Parts one after another in this process; stops before the part ``fails``."""
 
-    workers = 2
-
-    def __init__(self, fails: int | None = None) -> None:
-        self.fails = fails
+    def __init__(self, fails: int | None = None, most: int = 2) -> None:
+        self.fails, self.most = fails, most
         self.parts: list[Mapping[str, Any]] = []
 
-    def map(self, function: str, parts: Sequence[Mapping[str, Any]], progress: Progress | None = None) -> list[Any]:
+    def room(self, memory_bytes: int) -> int:
+        assert memory_bytes > 0
+        return self.most
+
+    def map(
+        self,
+        function: str,
+        parts: Sequence[Mapping[str, Any]],
+        progress: Progress | None = None,
+        *,
+        memory_bytes: int = 0,
+    ) -> list[Any]:
         self.parts += parts
         assert function == "passes.lemica.spreading:measure"
         found = []

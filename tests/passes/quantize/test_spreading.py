@@ -26,13 +26,22 @@ TEXT = TokenStream(torch.randint(0, VOCABULARY, (4000,), generator=torch.Generat
 class Here:
     """Parts one after another in this process; ends before the part ``fails``."""
 
-    workers = 2
-
-    def __init__(self, fails: int | None = None) -> None:
-        self.fails = fails
+    def __init__(self, fails: int | None = None, most: int = 2) -> None:
+        self.fails, self.most = fails, most
         self.names: list[str] = []
 
-    def map(self, function: str, parts: Sequence[Mapping[str, Any]], progress: Progress | None = None) -> list[Any]:
+    def room(self, memory_bytes: int) -> int:
+        assert memory_bytes > 0
+        return self.most
+
+    def map(
+        self,
+        function: str,
+        parts: Sequence[Mapping[str, Any]],
+        progress: Progress | None = None,
+        *,
+        memory_bytes: int = 0,
+    ) -> list[Any]:
         assert function == "passes.quantize.spreading:measure"
         found = []
         for number, part in enumerate(parts):
@@ -67,9 +76,8 @@ def test_what_a_part_has_measured_is_kept(tmp_path: Path) -> None:
     assert not [*(tmp_path / "cut").glob("*part*")]
 
 
-def test_copies_that_do_not_fit_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profilers.device.memory_available_bytes", lambda device: 1)
-    spread = Here()
+def test_copies_that_do_not_fit_are_not_made(tmp_path: Path) -> None:
+    spread = Here(most=1)
     found = run(tmp_path / "one", spread)
     assert spread.names == []
-    assert "2 copies of the model do not fit" in found.notes[0]
+    assert "two copies of the model do not fit" in found.notes[0]
