@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from effcli.errors import BadInputError
+from effcli.export.graphs import LAST_LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 CHUNK = 512
 """Tokens of a prompt that go through the graph at once where only the last logits are wanted."""
-LAST_LOGITS = "num_logits_to_keep"
-"""Input of a graph that computes only the last logits, as some exporters add it."""
 
 
 class OnnxModel(torch.nn.Module):
@@ -217,8 +216,8 @@ class OnnxCausalLM(OnnxModel, GenerationMixin):  # type: ignore[misc]
         keep: int,
     ) -> torch.Tensor:
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        if LAST_LOGITS in self.graph.inputs:
-            feeds[LAST_LOGITS] = torch.tensor(keep or input_ids.shape[1])
+        if LAST_LOGITS in self.graph.optional or LAST_LOGITS in self.graph.inputs:
+            feeds[LAST_LOGITS] = torch.tensor(keep)
         if not self._takes_cache:
             pass
         elif cache.get_seq_length():

@@ -39,7 +39,11 @@ LOWEST_OPSET = 18
 """What torch's exporter has implementations for; lower ones would be converted, which can fail."""
 PREFIX = "model."
 """Of the names that a wrapped model's weights have."""
+LAST_LOGITS = "num_logits_to_keep"
+"""Optional input of the decode graph: of how many last positions logits are computed; 0, its default: of all."""
 _SAMPLE = {"batch": 2, "sequence": 3, "past": 5}
+_AFTER_HEAD = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")
+"""Ops that may follow the head, element by element: biases, scales, soft caps."""
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter._registration")
 
 
@@ -67,6 +71,8 @@ def text_graphs(
     model: PreTrainedModel, *, opset: int, caches: tuple[CacheShape, ...]
 ) -> Iterator[tuple[str, onnx_ir.Model]]:
     """Lower a causal language model: ``prefill`` (no cache in) and ``decode`` (any cache in, any number of tokens).
+
+    ``decode`` also takes :data:`LAST_LOGITS`, where its head can be told from the rest.
 
     Parameters
     ----------
@@ -108,7 +114,10 @@ def text_graphs(
                 for shape in caches
             ]
             axes["past_key_values"] = [{part: {0: "batch", 2: "past"} for part in ("key", "value")} for _ in caches]
-        yield name, _lower(graph, inputs, axes, opset)
+        lowered = _lower(graph, inputs, axes, opset)
+        if past:
+            _keep_last_logits(lowered)
+        yield name, lowered
 
 
 def encoder_graph(model: PreTrainedModel, inputs: dict[str, torch.Tensor], *, opset: int) -> onnx_ir.Model:
@@ -287,6 +296,68 @@ def _divide_by_roots(lowered: onnx_ir.Model) -> None:
             if not factor.uses():
                 lowered.graph.remove(inverse, safe=True)
             break
+
+
+def _keep_last_logits(lowered: onnx_ir.Model) -> bool:
+    """Let a graph compute the logits of the last positions only: cut the states before they reach the head.
+
+    The head is the product by a weight that only elementwise ops follow. A graph that ends otherwise stays as it is.
+
+    Returns
+    -------
+    bool
+        Whether the graph has the input now.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    logits = next(value for value in lowered.graph.outputs if value.name == "logits")
+    head, between = logits.producer(), []  # what is between head and logits
+    while head is not None and head.op_type in _AFTER_HEAD:
+        between.append(head)
+        computed = [value for value in head.inputs if value is not None and not _is_constant(value)]
+        head = computed[0].producer() if len(computed) == 1 else None
+    if head is None or head.op_type != "MatMul" or not _is_constant(head.inputs[1]):
+        return False
+    chain = [*between, head]
+    states = head.inputs[0]
+    alone = not logits.uses() and all(len(node.outputs[0].uses()) == 1 for node in chain[1:])
+    if not alone or states is None or states.shape is None or len(states.shape) != 3:
+        return False
+    kept = ir.Value(
+        name=LAST_LOGITS,
+        shape=ir.Shape([]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.tensor(np.array(0, np.int64), name=LAST_LOGITS),
+    )
+    lowered.graph.inputs.append(kept)
+    lowered.graph.register_initializer(kept)
+    one, end = (ir.node("Constant", [], {"value_ints": [number]}) for number in (1, np.iinfo(np.int64).max))
+    negative = ir.node("Neg", [kept])
+    start = ir.node("Reshape", [negative.outputs[0], one.outputs[0]])  # -0 is the first position
+    cut = ir.node("Slice", [states, start.outputs[0], end.outputs[0], one.outputs[0]])
+    cut.outputs[0].type = states.type
+    lowered.graph.insert_before(head, [one, end, negative, start, cut])
+    head.replace_input_with(0, cut.outputs[0])
+    for node in chain[1:]:
+        node.outputs[0].shape = None  # it was that of all positions
+    if logits.shape is not None:
+        logits.shape = ir.Shape(["kept" if axis == 1 else size for axis, size in enumerate(logits.shape)])
+    return True
+
+
+def _is_constant(value: onnx_ir.Value | None) -> bool:
+    """Say whether a value is a weight, a constant, or one of these turned or cast."""
+    while value is not None and value.const_value is None:
+        producer = value.producer()
+        if producer is None:
+            return False
+        if producer.op_type == "Constant":
+            return True
+        if producer.op_type not in ("Transpose", "Cast", "Identity"):
+            return False
+        value = producer.inputs[0]
+    return value is not None
 
 
 def _dims(axes: Any) -> Any:

@@ -74,6 +74,9 @@ class Graph:
     provider : str
         What runs it: ``CUDAExecutionProvider`` or ``CPUExecutionProvider``.
     inputs : dict of str to Input
+        That have to be given.
+    optional : dict of str to Input
+        That have a default.
     outputs : tuple of str
 
     Raises
@@ -86,9 +89,10 @@ class Graph:
         self._session = _session(path, device, threads, fold)
         self.device = device
         self.provider: str = self._session.get_providers()[0]
-        self.inputs = {
-            item.name: Input(*_TYPES[item.type], shape=tuple(item.shape)) for item in self._session.get_inputs()
-        }
+        self.inputs, self.optional = (
+            {item.name: Input(*_TYPES[item.type], shape=tuple(item.shape)) for item in items}
+            for items in (self._session.get_inputs(), self._session.get_overridable_initializers())
+        )
         self.outputs = tuple(item.name for item in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,8 +101,8 @@ class Graph:
         Parameters
         ----------
         feeds : mapping
-            By name of input, on any device and of any type; what is already on the graph's device, contiguous and of
-            its type is read where it is.
+            By name of input, optional ones where they are wanted, on any device and of any type; what is already on
+            the graph's device, contiguous and of its type is read where it is.
 
         Returns
         -------
@@ -115,7 +119,8 @@ class Graph:
         binding = self._session.io_binding()
         kind, index = self.device.type, self.device.index or 0
         held = []  # until the run is over
-        for name, expected in self.inputs.items():
+        given = self.inputs | {name: item for name, item in self.optional.items() if name in feeds}
+        for name, expected in given.items():
             tensor = feeds[name].to(device=self.device, dtype=expected.dtype).contiguous()
             held.append(tensor)
             if tensor.numel() == 0:  # has no address
