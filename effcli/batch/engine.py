@@ -72,6 +72,10 @@ class Engine(Protocol):
         """Return what happened since the last call; wait at most this long for something to happen."""
         ...
 
+    def release(self) -> None:
+        """End the workers that have nothing to do, and give back what they hold; the next job starts new ones."""
+        ...
+
     def stop(self, job: str) -> None:
         """Kill a running job; its staged work stays. No further event comes for it."""
         ...

@@ -200,6 +200,12 @@ class LocalEngine:
             if found or time.monotonic() >= until:
                 return found
 
+    def release(self) -> None:
+        """End the workers that have nothing to do."""
+        for slot in self._slots:
+            if slot.job is None:
+                self._end(slot)
+
     def stop(self, job: str) -> None:
         """Kill a running job; its staged work stays."""
         for slot in self._slots:

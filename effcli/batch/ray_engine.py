@@ -292,6 +292,11 @@ class RayEngine:
         found, self._ended = self._ended, []
         return found
 
+    def release(self) -> None:
+        """End the slots that have nothing to do."""
+        for slot in [slot for slot in self._slots if slot.job is None]:
+            self._retire(slot)
+
     def stop(self, job: str) -> None:
         """Kill a running job and its slot."""
         for slot in [slot for slot in self._slots if slot.job is not None and slot.job.name == job]:

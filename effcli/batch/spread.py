@@ -122,6 +122,8 @@ class EngineSpread:
                 for name in running:
                     self._engine.stop(name)
                 raise
+            finally:
+                self._engine.release()  # the rest of the pass may take long
         return [json.loads((self._results / job.name / RESULT).read_text(encoding="utf-8")) for job in jobs]
 
     def _job(self, function: str, part: Mapping[str, Any], memory_bytes: int) -> Job:

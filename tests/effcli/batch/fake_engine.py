@@ -132,6 +132,8 @@ class FakeEngine:
             time.sleep(min(timeout_seconds, 0.01))
         return taken
 
+    def release(self) -> None: ...
+
     def stop(self, job: str) -> None:
         self.stopped.append(job)
         self._busy.discard(job)

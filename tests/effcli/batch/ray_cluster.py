@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+PATIENCE_SECONDS = 300.0
 STORE_BYTES = 80 * 2**20
 QUICK_DEATH = {
     "health_check_initial_delay_ms": 500,
@@ -32,3 +35,18 @@ def two_nodes() -> Iterator[Any]:
         made.killable = {zone: made.add_node(num_cpus=1, labels={"zone": zone}, **common) for zone in ("a", "b")}
         yield made
         made.shutdown()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

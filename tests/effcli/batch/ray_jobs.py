@@ -40,7 +40,7 @@ def compute(loops: int) -> int:
 
 
 def held_llama(work: str) -> Any:
-    """Return a tiny llama; a part that measures it stops after its first group, for as long as ``work/hold`` exists."""
+    """Return a tiny llama; a part that measures it stops after each group, for as long as ``work/hold`` exists."""
     from passes.quantize.sensitivity import Store
     from tests.passes.quantize.compressed import tiny_llama
 
@@ -51,5 +51,6 @@ def held_llama(work: str) -> Any:
         while (Path(work) / "hold").exists():
             time.sleep(0.05)
 
+    (Path(work) / f"process-{os.getpid()}").touch()
     mock.patch.object(Store, "add", held).start()
     return tiny_llama()

@@ -23,7 +23,7 @@ from effcli.errors import BadInputError
 from effcli.staging import folder_for
 from tests.effcli.batch.killable import calls
 from tests.effcli.batch.killing import check, results
-from tests.effcli.batch.ray_cluster import two_nodes
+from tests.effcli.batch.ray_cluster import PATIENCE_SECONDS, is_alive, two_nodes, wait_for
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'effcli[ray]'")
 
@@ -32,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-PATIENCE_SECONDS = 300.0
 SMALL = Limits(memory_bytes=10**9)
 
 
@@ -88,21 +87,6 @@ def result(output: Path, name: str) -> Any:
 
 def ends(events: list[Event]) -> dict[str, Event]:
     return {event.job: event for event in events if event.kind in ("finished", "lost")}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from effcli.batch.local import LocalEngine
@@ -60,6 +61,7 @@ def test_parts_run_in_two_processes_and_return_in_order(spread: EngineSpread) ->
     assert {item["threads"] for item in found} == {"1"}
     assert os.getpid() not in {item["process"] for item in found}
     assert 1 <= len({item["process"] for item in found}) <= 2
+    assert not any(psutil.pid_exists(item["process"]) for item in found)  # they hold nothing while the pass goes on
 
 
 def test_a_part_whose_worker_died_is_done_again(spread: EngineSpread, tmp_path: Path) -> None:
