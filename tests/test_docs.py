@@ -53,6 +53,7 @@ def test_the_example_profiler_in_the_docs_runs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_example_of_a_sweep_counts_the_same_with_two_workers(tmp_path: Path, tiny_folder: Path) -> None:
     (example,) = re.findall(r"```yaml\n(version.*?)```", (ROOT / "docs" / "spread.md").read_text(), re.S)
     changes = {"smollm2-135m": str(tiny_folder), "[512]": "[64]", "[4096]": "[96]", "batch:": "sequences: 2, batch:"}

@@ -65,6 +65,7 @@ def allocation(work: Path, spread: EngineSpread | None = None, function: str = "
     return allocate(model, wanted, context, targets.find(model, wanted).layers)
 
 
+@pytest.mark.thorough
 def test_an_error_graph_is_that_of_one_process(cluster: Any, tmp_path: Path) -> None:
     alone = build(opened(2), SAMPLES, **ASKED, work=tmp_path / "alone")
     with on_ray(cluster, tmp_path) as spread:
