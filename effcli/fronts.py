@@ -19,6 +19,7 @@ from typing import Any
 
 from effcli.comparison import Measured, mismatches, of_report, shared_places
 from effcli.errors import BadInputError, did_you_mean
+from effcli.formatting import seconds
 from effcli.reports.blocks import items
 from effcli.reports.changes import METRICS as CHANGES
 from effcli.reports.changes import Metric, Value, change, interval, mapping, measured, number
@@ -58,6 +59,8 @@ PIPELINE_METRICS = {
 QUALITY = ("ppl", "kl", "kl_p99", "top1", "accuracy")
 PIPELINE_QUALITY = ("psnr", "ssim", "lpips", "latent_l1")
 TARGETS = ("size", "tpot", "peak_memory")
+_SAME_TIME = 1.25
+"""Ratio up to which two runs' times of one original are those of one machine in one state."""
 PIPELINE_TARGETS = ("time", "denoiser_time")
 
 
@@ -122,6 +125,8 @@ class FrontReport:
         What all were measured on.
     mismatches : tuple of str
         Conditions that differ although they were let pass.
+    warnings : tuple of str
+        Why figures do not compare although conditions are the same.
     """
 
     schema: str
@@ -135,6 +140,7 @@ class FrontReport:
     entries: tuple[Entry, ...]
     fronts: tuple[Front, ...]
     mismatches: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""
@@ -193,8 +199,9 @@ def front(
     targets = PIPELINE_TARGETS if pipelines else TARGETS
     if pipelines:
         rows, found, place, device, text = _schedules(reports)
+        warnings: list[str] = []
     else:
-        rows, found, place, device, text = _models(reports)
+        rows, found, place, device, text, warnings = _models(reports)
     if found and not anyway:
         raise BadInputError(f"{'; '.join(found)}; add --anyway to compare all the same")
     if sort is not None:
@@ -211,22 +218,23 @@ def front(
         entries=tuple(row.entry for row in rows),
         fronts=tuple(_front(rows, quality, target, known) for target in targets),
         mismatches=tuple(found),
+        warnings=tuple(warnings),
     )
 
 
 _Rows = tuple[list[_Row], list[str], tuple[int, int] | None, str | None, str | None]
 
 
-def _models(reports: Sequence[tuple[str, dict[str, Any]]]) -> _Rows:
+def _models(reports: Sequence[tuple[str, dict[str, Any]]]) -> tuple[*_Rows, list[str]]:
     sides: list[tuple[Measured, bool]] = []
-    originals = set()
+    originals: dict[str, Measured] = {}
+    again: list[tuple[Measured, Measured]] = []
     for path, report in reports:
         for side, original in of_report(path, report):
             fingerprint = mapping(side.side.profile.get("model")).get("fingerprint")
-            if original and (fingerprint or path) in originals:
+            if original and (known := originals.setdefault(fingerprint or path, side)) is not side:
+                again.append((known, side))
                 continue
-            if original:
-                originals.add(fingerprint or path)
             sides.append((side, original))
     first = sides[0][0]
     found = [
@@ -245,7 +253,22 @@ def _models(reports: Sequence[tuple[str, dict[str, Any]]]) -> _Rows:
         if original:  # it is at no distance from itself
             of |= {"kl": Value(0.0), "kl_p99": Value(0.0), "top1": Value(1.0)}
         rows.append(_Row(_entry(name, side.about.path, original, of), of))
-    return rows, found, place, first.about.device, next((side.side.text for side, _ in sides if side.side.text), None)
+    text = next((side.side.text for side, _ in sides if side.side.text), None)
+    return rows, found, place, first.about.device, text, _other_times(again, place)
+
+
+def _other_times(again: Sequence[tuple[Measured, Measured]], place: tuple[int, int] | None) -> list[str]:
+    """Name the reports in which an original took another time than in the first: the machine was not the same."""
+    found = []
+    for first, later in again:
+        one, other = (number(measured(side.side, place)["tpot_seconds"].value) for side in (first, later))
+        if one and other and not 1 / _SAME_TIME <= other / one <= _SAME_TIME:
+            found.append(
+                f"the same original takes {seconds(one)} a token in '{first.about.path}' and {seconds(other)} in "
+                f"'{later.about.path}': the machine was busy in one of these runs, so their times do not compare; "
+                "measure again, one after the other"
+            )
+    return found
 
 
 def _schedules(reports: Sequence[tuple[str, dict[str, Any]]]) -> _Rows:

@@ -84,6 +84,20 @@ def test_beaten_within_noise_is_said_apart(tmp_path: Path) -> None:
     assert "best" in found.members and found.near == ("near",)
 
 
+def test_an_original_that_took_another_time_is_named(tmp_path: Path) -> None:
+    paths = [run(tmp_path, name, ppl=17.0, tpot=0.0175, size=90_000_000) for name in ("quiet", "same", "busy")]
+    assert front(paths).warnings == ()
+    for path, ratio in zip(paths[1:], (1.2, 1.3), strict=True):
+        data = json.loads(path.read_text())
+        (point,) = data["before"]["profiles"]["latency"]["points"]
+        point["tpot_seconds"]["p50"] *= ratio
+        path.write_text(json.dumps(data))
+    found = front(paths)
+    (line,) = found.warnings
+    assert f"in '{paths[0]}' and " in line and f"in '{paths[2]}'" in line
+    assert "their times do not compare" in " ".join(render(found.to_dict(), "markdown").split())
+
+
 def test_what_lacks_a_figure_is_left_out_and_named(tmp_path: Path) -> None:
     other = profiled(BEFORE)
     lone = tmp_path / "lone.json"

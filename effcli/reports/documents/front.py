@@ -53,7 +53,7 @@ def document(report: Report) -> Document:
         heading="Comparison of",
         name=f"{count} {'schedules' if known is fronts.PIPELINE_METRICS else 'models'}",
         subtitle=printable(report.get("device") or ""),
-        verdict=_verdict(entries, found, known, quality, differing),
+        verdict=(*_verdict(entries, found, known, quality, differing), *map(_sentence, texts(report, "warnings"))),
         tiles=_tiles(entries, found, known),
         sections=tuple(sections),
         setup=("reports",),
@@ -133,6 +133,10 @@ def _verdict(
     if differing:
         sentences.append("Compared although conditions differ: the figures do not say what caused a difference.")
     return tuple(sentences) or ("The report holds no front.",)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _tiles(entries: list[Report], found: list[Report], known: dict[str, Metric]) -> tuple[Tile, ...]:
