@@ -372,6 +372,22 @@ def published_earlier(target: Path) -> bool:
     return expected is not None and record is not None and sha256_of(record) == expected
 
 
+def drop_published(target: Path) -> None:
+    """Remove what a run left beside a target that it published, when it was stopped before it had cleaned up.
+
+    Work that another run holds, or that has more to publish, stays.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = folder_for(target)
+    if not folder.is_dir():
+        return
+    with contextlib.suppress(Timeout), FileLock(folder / _LOCK, timeout=0):
+        state = _read_state(folder / _STATE)
+        if state is None or published_earlier(target) or not (state["stages"] or _begun(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _record(folder: Path) -> Path | None:
     """Return the file that says what a folder is, None where there is none."""
     return next((path for name in _RECORDS if (path := folder / name).is_file()), None)

@@ -123,12 +123,16 @@ def published(job: Job, output: str, since: float) -> Outcome | None:
     since : float
         When the attempt began, in seconds since the epoch; None where nothing was published after it.
     """
+    from effcli.staging import drop_published
+
     target = Path(output) / job.name
     found = target / _report_name(job)
     try:
         if found.stat().st_mtime < since:
             return None
-        return _passed(job, target)
+        outcome = _passed(job, target)
+        drop_published(target)
+        return outcome
     except (OSError, BadInputError):
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from effcli import provenance, staging
+from effcli.checkpoint_files import sha256_of
 from effcli.errors import BadInputError, NoRoomError, SourceError
 from effcli.staging import changed, check_target, folder_for, link_or_copy, open_staging, published_earlier
 
@@ -312,3 +315,28 @@ def test_link_or_copy_gives_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"weights")
     link_or_copy(tmp_path / "a", tmp_path / "inner" / "b")
     assert (tmp_path / "inner" / "b").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("left", ["lock alone", "no stage", "published", "a stage", "held"])
+def test_what_is_left_of_published_work_is_removed_and_no_other(tmp_path: Path, left: str) -> None:
+    """A kill between the rename and the end of cleaning up leaves any part of the folder."""
+    target = tmp_path / "out"
+    with open_staging(target, {}, resume=False, force=False) as staged:
+        (staged.begin("out") / provenance.FILE).write_text("{}")
+        stages = {"pass-1": {"result": {}, "files": {}}} if left in ("published", "a stage", "held") else {}
+        staged._state["stages"] = stages
+        if left == "published":
+            staged._state["published"] = sha256_of(staged.out / provenance.FILE)
+        staged._write()
+        staged.out.rename(target)
+        if left == "lock alone":
+            (staged.folder / "state.json").unlink()
+        copy = shutil.copytree(staged.folder, tmp_path / "copy")
+        if left == "held":
+            staging.drop_published(target)
+            assert staged.folder.exists()
+    shutil.rmtree(staged.folder, ignore_errors=True)
+    copy.rename(staged.folder)
+    staging.drop_published(target)
+    assert staged.folder.exists() == (left in ("a stage", "held"))
+    assert (target / provenance.FILE).is_file()

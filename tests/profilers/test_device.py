@@ -84,12 +84,15 @@ def test_version_1_limit_mounted_at_the_root_counts(monkeypatch, tmp_path):
 def test_peak_memory_sees_what_was_freed_before_the_end():
     with track_peak_memory(CPU) as peak:
         block = torch.ones(64 * MIB // 4)
+        held = psutil.Process().memory_info().rss
         del block
     if peak.bytes is None:
         assert peak.reason
         pytest.skip(peak.reason)
     assert peak.before_bytes is not None
-    assert 60 * MIB < peak.bytes - peak.before_bytes < 96 * MIB
+    # Less than the block may come on top: the system takes unused pages back at any time.
+    assert held - MIB < peak.bytes < peak.before_bytes + 96 * MIB
+    assert psutil.Process().memory_info().rss < held - 60 * MIB
     with track_peak_memory(CPU) as idle:
         pass
     assert idle.bytes is not None and idle.bytes < peak.bytes
