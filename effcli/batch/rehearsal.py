@@ -49,7 +49,7 @@ def dry_run(
     Returns
     -------
     list of str
-        One line a job and a search, and one for all.
+        One line a job and a search, and one for all jobs.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def dry_run(
         _plan(job, by_name, plans, keeper, engine, estimates)
     lines = [f"{job.name}: {plans[job.name].said}" for job in jobs]
     lines += [f"{source.name}: a search; its jobs come from its results" for source in sources]
-    return [*lines, _total([plans[job.name] for job in jobs])]
+    return [*lines, _total([plans[job.name] for job in jobs])] if jobs else lines
 
 
 def _plan(
