@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks import bench_kv_decode, bench_kv_quality
 from tests.benchmarks.bench_kv_quality import Row
@@ -226,10 +226,23 @@ def test_agreement_finds_the_first_token_that_differs(
     random_codebooks(model, parts=8, rope=True, kept=4, recent=8, spread=0.2).save(tmp_path)
     assert bench_kv_decode.main() == 0
     (fine,) = printed(capsys.readouterr().out)
-    assert fine["effective_bits"] == 8 and fine["prompts"] == [3, 40]
+    assert fine["effective_bits"] == 8 and (fine["prompts"], fine["prompt_tokens"]) == (3, [40])
+    assert fine["new_tokens"] == [12] * 3
     assert fine["first_difference"] == [None] * 3 and fine["share_of_prompts_that_match"] == 1.0
     random_codebooks(model, parts=1, kept=0, recent=8, spread=50.0).save(tmp_path)
     assert bench_kv_decode.main() == 1
     (coarse,) = printed(capsys.readouterr().out)
     assert all(isinstance(place, int) and 0 < place < 12 for place in coarse["first_difference"] if place is not None)
     assert coarse["share_of_prompts_that_match"] < 0.9
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text('{"question": "One and one?"}\n{"question": "And then two more?"}\n{"question": "never read"}\n')
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    monkeypatch.setattr(bench_kv_decode.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, arguments), "--prompts", "2", "--questions", str(asked)])
+    random_codebooks(model, parts=8, rope=True, kept=4, recent=8, spread=0.2).save(tmp_path)
+    assert bench_kv_decode.main() == 0
+    (answered,) = printed(capsys.readouterr().out)
+    lengths = sorted({len(tokenizer("One and one?").input_ids), len(tokenizer("And then two more?").input_ids)})
+    assert (answered["prompts"], answered["prompt_tokens"]) == (2, lengths)
+    assert all(1 <= count <= 12 for count in answered["new_tokens"])

@@ -4,17 +4,19 @@ The caches take turns on one model in one process, so that what else the machine
 JSON object a line.
 
     python -m tests.benchmarks.bench_kv_decode [--codebooks FOLDER] [--contexts 512 2048 8192]
-    python -m tests.benchmarks.bench_kv_decode --agreement
+    python -m tests.benchmarks.bench_kv_decode --agreement [--questions FILE]
 
-Codebooks are those of ``--codebooks``, or trained here. ``--agreement`` generates greedily over prompts of the held-out
-default text with a full-precision cache and with a kv-pq cache at 8 bits, in float32, and counts the prompts whose
-tokens are all the same.
+Codebooks are those of ``--codebooks``, or trained here. ``--agreement`` generates greedily with a full-precision cache
+and with a kv-pq cache at 8 bits, in float32, and counts the prompts whose tokens are all the same: windows of the
+held-out default text, or the first ``question`` values of a file of JSON lines, put as a user's turn of the model's
+chat template and answered until the model ends its answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -32,6 +34,7 @@ from transformers import (
     Cache,
     DynamicCache,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     QuantizedCache,
     StaticCache,
 )
@@ -248,33 +251,39 @@ def bench_bytes(model: PreTrainedModel, codebooks: Codebooks, context: int) -> d
     }
 
 
-def bench_agreement(model: PreTrainedModel, codebooks: Codebooks, prompts: torch.Tensor, tokens: int) -> dict[str, Any]:
-    """Generate greedily with a full-precision cache and with a kv-pq cache; compare token by token."""
+def bench_agreement(
+    model: PreTrainedModel, codebooks: Codebooks, prompts: list[torch.Tensor], tokens: int, *, to_the_end: bool
+) -> dict[str, Any]:
+    """Generate greedily with a full-precision cache and with a kv-pq cache; compare token by token.
 
-    def generate(cache: Cache) -> torch.Tensor:
+    ``prompts`` are batches of shape (n, T); ``to_the_end`` ends an answer where the model does, instead of after
+    ``tokens``.
+    """
+
+    def generate(batch: torch.Tensor, cache: Cache) -> torch.Tensor:
         found: torch.Tensor = model.generate(
-            prompts.to(model.device),
-            attention_mask=torch.ones_like(prompts).to(model.device),
+            batch.to(model.device),
+            attention_mask=torch.ones_like(batch).to(model.device),
             past_key_values=cache,
             do_sample=False,
-            min_new_tokens=tokens,
+            min_new_tokens=None if to_the_end else tokens,
             max_new_tokens=tokens,
         )
-        return found[:, prompts.shape[1] :].cpu()
+        return found[:, batch.shape[1] :].cpu()
 
-    expected = generate(DynamicCache(config=model.config))
+    expected = [row for batch in prompts for row in generate(batch, DynamicCache(config=model.config))]
     attach(model, codebooks)
     try:
-        found = generate(PQCache(model.config, codebooks))
+        found = [row for batch in prompts for row in generate(batch, PQCache(model.config, codebooks))]
     finally:
         detach(model)
-    same = found == expected
-    first = [None if row.all() else int(row.int().argmin()) for row in same]
+    first = [_first_difference(*pair) for pair in zip(expected, found, strict=True)]
     share = first.count(None) / len(first)
     return {
         "benchmark": "kv_agreement",
-        "prompts": list(prompts.shape),
-        "new_tokens": tokens,
+        "prompts": len(first),
+        "prompt_tokens": sorted({batch.shape[1] for batch in prompts}),
+        "new_tokens": [len(row) for row in expected],
         "effective_bits": codebooks.bits_per_value,
         "recent_tokens": codebooks.recent_tokens,
         "first_difference": first,
@@ -282,6 +291,26 @@ def bench_agreement(model: PreTrainedModel, codebooks: Codebooks, prompts: torch
         "must_reach": f">= {AGREEMENT}",
         "reached": share >= AGREEMENT,
     }
+
+
+def _first_difference(one: torch.Tensor, other: torch.Tensor) -> int | None:
+    both = min(len(one), len(other))
+    different = (one[:both] != other[:both]).nonzero()
+    if len(different):
+        return int(different[0])
+    return None if len(one) == len(other) else both
+
+
+def questions(file: Path, count: int, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
+    """Return the first ``question`` values of JSON lines as prompts of the model's chat template, each (1, T)."""
+    with file.open(encoding="utf-8") as lines:
+        asked = [json.loads(line)["question"] for line in itertools.islice(lines, count)]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        for question in asked
+    ]
 
 
 def trained(model: PreTrainedModel, split: TextSplit, bits: float) -> tuple[Codebooks, float]:
@@ -310,6 +339,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="time torch.compile over a static cache too")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="the device's own, or float32")
     parser.add_argument("--agreement", action="store_true")
+    parser.add_argument("--questions", type=Path, help="with --agreement: JSON lines with a question each")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--tokens", type=int, default=NEW_TOKENS)
@@ -324,7 +354,8 @@ def main() -> int:
 
         folder = str(builtin_models.fetch(BUILT_IN))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    split = split_texts(AutoTokenizer.from_pretrained(folder), model.config.get_text_config(decoder=True).vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    split = split_texts(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
     if options.codebooks is None:
         bits = options.bits or (AGREEMENT_BITS if options.agreement else BITS)
         codebooks, seconds = trained(model, split, bits)
@@ -343,7 +374,7 @@ def main() -> int:
         "bits": codebooks.bits_per_value,
         "training_seconds": seconds,
     }
-    lines = run(model, codebooks, split, options)
+    lines = run(model, codebooks, split, tokenizer, options)
     missed = 0
     for line in lines:
         print(json.dumps(about | line), flush=True)
@@ -352,12 +383,19 @@ def main() -> int:
 
 
 def run(
-    model: PreTrainedModel, codebooks: Codebooks, split: TextSplit, options: argparse.Namespace
+    model: PreTrainedModel,
+    codebooks: Codebooks,
+    split: TextSplit,
+    tokenizer: PreTrainedTokenizerBase,
+    options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Yield the results of what was asked for."""
     if options.agreement:
-        prompts = split.evaluation.separate_windows(options.prompts, options.prompt_tokens)
-        yield bench_agreement(model, codebooks, prompts, options.tokens)
+        if options.questions is None:
+            prompts = [split.evaluation.separate_windows(options.prompts, options.prompt_tokens)]
+        else:
+            prompts = questions(options.questions, options.prompts, tokenizer)
+        yield bench_agreement(model, codebooks, prompts, options.tokens, to_the_end=options.questions is not None)
         return
     yield bench_bytes(model, codebooks, options.bytes_context)
     limit = context_limit(model.config)
