@@ -142,7 +142,7 @@ _MODELS: tuple[BuiltinModel | ShippedModel, ...] = (
     ShippedModel(
         name=dit_tiny.NAME,
         title="Class-conditional diffusion transformer of handwritten digits, 32 x 32 pixels",
-        parameters=3_768_839,
+        parameters=4_650_663,
         licence="Apache-2.0",
         folder=dit_tiny.FOLDER,
     ),

@@ -3,7 +3,7 @@
 ::
 
     digits ──> autoencoder (32 x 32 x 3 <-> 8 x 8 x 4) ──> latents of unit variance ──> diffusion transformer
-                                                                                        (12 blocks, 16 tokens)
+                                                                                        (28 blocks, 16 tokens)
 
 The same seed gives the same weights on the same machine with the same number of threads.
 """
@@ -113,16 +113,16 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def new_transformer() -> DiTTransformer2DModel:
-    """Return the untrained transformer: 12 blocks of width 96 on 16 tokens, each block starting as the identity."""
+    """Return the untrained transformer: 28 blocks of width 64 on 16 tokens, each block starting as the identity."""
     import torch
     from diffusers import DiTTransformer2DModel
 
     transformer = DiTTransformer2DModel(
-        num_attention_heads=3,
+        num_attention_heads=2,
         attention_head_dim=32,
         in_channels=_LATENT_CHANNELS,
         out_channels=_LATENT_CHANNELS,
-        num_layers=12,
+        num_layers=28,
         sample_size=_LATENT_SIZE,
         patch_size=2,
         num_embeds_ada_norm=NO_CLASS,
@@ -372,7 +372,7 @@ pipeline = DiTPipeline.from_pretrained("FOLDER")
 images = pipeline(pipeline.get_label_ids(["three", "seven"]), guidance_scale={GUIDANCE_SCALE:g}).images
 ```
 
-- **Transformer**: `DiTTransformer2DModel`, 12 blocks of width 96, 3 heads, 16 tokens (patches of 2 x 2 on 8 x 8 x 4
+- **Transformer**: `DiTTransformer2DModel`, 28 blocks of width 64, 2 heads, 16 tokens (patches of 2 x 2 on 8 x 8 x 4
   latents), {parameters["transformer"]:,} parameters. A third of them are rows for classes 10 to 999, all zero:
   `DiTPipeline` asks for class {NO_CLASS} where guidance needs "no class".
 - **Autoencoder**: `AutoencoderKL`, {parameters["vae"]:,} parameters.

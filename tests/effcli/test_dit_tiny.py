@@ -62,7 +62,7 @@ def test_the_folder_is_small_and_holds_no_pickle():
 def test_the_pipeline_loads_to_float32_with_its_labels(pipeline):
     assert {pipeline.transformer.dtype, pipeline.vae.dtype} == {torch.float32}
     assert pipeline.get_label_ids(list(dit_tiny.LABELS)) == list(range(10))
-    assert len(pipeline.transformer.transformer_blocks) == 12
+    assert len(pipeline.transformer.transformer_blocks) == 28
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
