@@ -215,23 +215,25 @@ def _candidates(schedule: Schedule, graph: ErrorGraph | None) -> list[tuple[str,
     """Return the ways to skip steps at a schedule's budget: name, schedule (or why there is none), whether chosen."""
     weights = {} if graph is None else graph.weights()
     found: list[tuple[str, Schedule | PassError, bool]] = []
-    kinds: tuple[tuple[str, Reuse], ...] = (("fitted", "fitted"), ("linear", "linear"), ("lemica", "last"))
+    kinds: tuple[tuple[str, Reuse], ...] = (("fitted", "fitted"), ("linear", "linear"))
     for method, reuse in kinds:
         if reuse == "fitted" and schedule.reuse != "fitted":
             continue
-        found.append((method, _with(schedule, reuse), reuse == schedule.reuse))
-    for method in _BASELINES:
+        found.append((method, schedule.model_copy(update={"reuse": reuse}), reuse == schedule.reuse))
+    # LeMiCa as published, then the simpler rules; one of them may be what was chosen.
+    chosen = schedule.reuse != "last"
+    for method, solver in (("lemica", "minimax"), *((name, name) for name in _BASELINES)):
         try:
-            full = path.SOLVERS[method](schedule.steps, weights, schedule.budget)
+            published = graph is None and method == "lemica"
+            full = schedule.full if published else path.SOLVERS[solver](schedule.steps, weights, schedule.budget)
         except PassError as error:
             found.append((method, error, False))
             continue
-        found.append((method, Schedule(name=method, steps=schedule.steps, full=full, reuse="last"), False))
+        own = not chosen and full == schedule.full
+        chosen |= own
+        tried = schedule if own else Schedule(name=method, steps=schedule.steps, full=full, reuse="last")
+        found.append((method, tried, own))
     return found
-
-
-def _with(schedule: Schedule, reuse: Reuse) -> Schedule:
-    return schedule.model_copy(update={"reuse": reuse})
 
 
 def _peers(

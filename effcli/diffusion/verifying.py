@@ -108,11 +108,11 @@ def _bench(job: PipelineJob, pipeline: Any, content: LemicaFile) -> Bench:
 
 def _fitted_driver(calibration: Bench, schedule: Schedule) -> Follower:
     """Return the driver of a schedule that is not in the checkpoint; fits it first where its reuse is fitted."""
-    from passes.lemica import fitted_on
+    from passes.lemica import tried_on
 
     if schedule.reuse != "fitted":
         return follower(schedule, None)
-    coefficients, _ = fitted_on(
+    trial = tried_on(
         calibration.pipeline,
         calibration.target,
         calibration.samples,
@@ -120,7 +120,7 @@ def _fitted_driver(calibration: Bench, schedule: Schedule) -> Follower:
         steps=calibration.steps,
         arguments=dict(calibration.arguments),
     )
-    return follower(schedule, coefficients)
+    return follower(schedule, trial.coefficients)
 
 
 def _timed_bench(job: PipelineJob, bench: Bench) -> Bench:

@@ -165,8 +165,8 @@ class ComparisonRow:
     Attributes
     ----------
     method : str
-        ``fitted``, ``linear`` and ``lemica`` (minimax path, with each kind of reuse), ``uniform``, ``greedy``,
-        ``shortest-sum``, ``first-block-cache``, ``mag-cache``.
+        ``fitted`` and ``linear`` (the schedule's own path, with these kinds of reuse); ``lemica`` (minimax path) and
+        ``uniform``, ``greedy``, ``shortest-sum``, with the last residual; ``first-block-cache``, ``mag-cache``.
     budget : int
         Full steps that were asked for.
     full_calls : float or None

@@ -17,7 +17,7 @@ from effcli.reports.changes import mapping, number
 from effcli.reports.pipeline_model import Spread
 
 OWN = {"fitted": "fitted reuse", "linear": "linear reuse", "lemica": "last residual"}
-"""Of the path that was asked for, with each kind of reuse."""
+"""Of the schedule's own path, but for ``lemica``: of the minimax path."""
 METHODS = {
     "uniform": "uniform spacing",
     "greedy": "greedy threshold",
@@ -202,8 +202,19 @@ def other_passes(report: Report) -> tuple[str, ...]:
     return tuple(printable(name) for name in names if name is not None and name != "lemica")
 
 
-def path_name(report: Report) -> str:
-    """Return how the pass chose its own full steps: ``minimax``."""
+def own_paths(report: Report) -> dict[int, str]:
+    """Return how each schedule's full steps were chosen, by budget: ``minimax``."""
+    found = {}
+    for schedule in items(mapping(report.get("lemica")), "schedules"):
+        data = mapping(schedule)
+        full, path = full_steps(data.get("full"), whole(data.get("steps"))), data.get("path")
+        if full is not None and isinstance(path, str):
+            found[len(full)] = printable(path)
+    return found
+
+
+def _asked_path(report: Report) -> str:
+    """Return how full steps were to be chosen, of reports whose schedules do not say how they were."""
     for record in items(report, "passes"):
         found = mapping(mapping(record).get("parameters")).get("path")
         if mapping(record).get("name") == "lemica" and isinstance(found, str):
@@ -213,17 +224,18 @@ def path_name(report: Report) -> str:
 
 def rows(report: Report) -> tuple[Row, ...]:
     """Return the comparison, budgets from the largest; the rows of a budget in the order that they were saved."""
-    steps, path = steps_of(report), path_name(report)
+    steps, paths, asked = steps_of(report), own_paths(report), _asked_path(report)
     found = []
     for data in items(report, "comparison"):
         budget = whole(mapping(data).get("budget"))
         if budget is None or not isinstance(data, dict):
             continue
         method = printable(data.get("method") or fmt.MISSING)
+        own = "minimax" if method == "lemica" and budget in paths else paths.get(budget, asked)
         found.append(
             Row(
                 method,
-                f"{path}, {OWN[method]}" if method in OWN else METHODS.get(method, method),
+                f"{own}, {OWN[method]}" if method in OWN else METHODS.get(method, method),
                 budget,
                 number(data.get("full_calls")),
                 full_steps(data.get("full"), steps),

@@ -11,11 +11,13 @@ See ``docs/passes/lemica.md``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.base import MissingExtraError, PassError, PassRecord, PipelineContext, PipelinePass
+from passes.lemica import inputs, path
 from passes.lemica.parameters import DEFAULT_SPEEDUP, LemicaParameters
 from passes.lemica.schedule import (
     COEFFICIENTS_FILE,
@@ -27,6 +29,8 @@ from passes.lemica.schedule import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from passes.lemica.inputs import Sample
     from passes.lemica.reuse import Coefficients
     from passes.lemica.targets import Target
@@ -62,7 +66,7 @@ class LemicaPass(PipelinePass):
         ------
         PassError
         """
-        from passes.lemica import inputs, targets
+        from passes.lemica import targets
 
         given = self.parameters
         targets.find(pipeline, given.mode)
@@ -84,19 +88,18 @@ class LemicaPass(PipelinePass):
         if given.published is not None:
             self.content, self.coefficients = self._published(pipeline, target), {}
             samples: tuple[Sample, ...] = ()
-            fitted: dict[str, Any] = {}
+            tried: dict[str, Any] = {}
         else:
             samples = self.calibration_samples(pipeline, context.seed, given.samples)
             graph = self._graph(pipeline, samples, context)
-            schedules = self._schedules(graph)
-            self.coefficients, fitted = self._fit(pipeline, target, schedules, context)
+            schedules, self.coefficients, tried = self._schedules(pipeline, target, graph, context)
             self.content = LemicaFile(
                 schedules=schedules,
                 default=schedules[0].name,
                 calibration=self._calibration(pipeline, target, samples),
                 graph=graph,
             )
-        return self._record(target, samples, fitted, context)
+        return self._record(target, samples, tried, context)
 
     def save_pipeline(self, pipeline: Any, folder: Path) -> None:
         """Write ``lemica.json``, and ``lemica.safetensors`` where something was fitted."""
@@ -107,16 +110,12 @@ class LemicaPass(PipelinePass):
 
     def calibration_samples(self, pipeline: Any, seed: int, count: int) -> tuple[Sample, ...]:
         """Return ``count`` samples to calibrate on; fewer are the first of more."""
-        from passes.lemica import inputs
-
         given = self.parameters
         conditions = None if given.prompts is None else inputs.read_conditions(pipeline, given.prompts)
         return inputs.calibration_samples(pipeline, count, seed=seed, conditions=conditions)
 
     def _budgets(self, steps: int) -> tuple[int, ...]:
         """Return the full steps that are asked for, most first; empty where the graph or the authors decide."""
-        from passes.lemica import path
-
         given = self.parameters
         if given.max_error is not None or given.published is not None:
             return ()
@@ -145,56 +144,75 @@ class LemicaPass(PipelinePass):
             opening=context.opening,
         )
 
-    def _schedules(self, graph: ErrorGraph) -> tuple[Schedule, ...]:
-        from passes.lemica import path
+    def _schedules(
+        self, pipeline: Any, target: Target, graph: ErrorGraph, context: PipelineContext
+    ) -> tuple[tuple[Schedule, ...], dict[str, Coefficients], dict[str, Any]]:
+        """Return the schedules, what was fitted for each, and what each path that was tried came to."""
+        given = self.parameters
+        candidates = self._candidates(graph)
+        chosen: list[Schedule] = []
+        coefficients: dict[str, Coefficients] = {}
+        tried: dict[str, Any] = {}
+        samples = self.calibration_samples(pipeline, context.seed, given.fit_samples)
+        with context.progress.task("trying schedules", total=sum(map(len, candidates))) as task:
+            aim = None
+            for several in candidates:
+                trials: list[tuple[Schedule, Trial | None, float | None]] = []
+                for schedule in several:
+                    trial, error = None, None
+                    if len(several) > 1 or given.reuse == "fitted":
+                        trial = tried_on(
+                            pipeline, target, samples, schedule, steps=given.steps, arguments=given.arguments()
+                        )
+                    if len(several) > 1 and trial is not None:
+                        if aim is None:
+                            aim = inputs.generate(pipeline, samples, steps=given.steps, arguments=given.arguments())
+                        error = float((trial.latents - aim).abs().mean())
+                    trials.append((schedule, trial, error))
+                    task.advance()
+                schedule, trial, _ = min(trials, key=lambda item: item[2] or 0.0)
+                chosen.append(schedule)
+                if trial is not None and trial.coefficients is not None:
+                    coefficients[schedule.name] = trial.coefficients
+                tried[schedule.name] = {
+                    str(item.path): {"error": error, "share_of_residual_left": None if found is None else found.left}
+                    for item, found, error in trials
+                }
+        return tuple(chosen), coefficients, tried
 
+    def _candidates(self, graph: ErrorGraph) -> list[list[Schedule]]:
+        """Return, for each budget, the schedules to choose from: one of each path, LeMiCa's first."""
         given = self.parameters
         weights = graph.weights()
         budgets = self._budgets(graph.steps)
         if given.max_error is not None:
             budgets = (path.smallest_budget(graph.steps, weights, given.max_error),)
         names = _NAMES.get(len(budgets), tuple(f"b{budget}" for budget in budgets))
-        solve = path.SOLVERS[given.path]
-        schedules = []
+        # Only the minimax path holds the largest error that was asked for.
+        only = "minimax" if given.max_error is not None and given.path == "measured" else given.path
+        solvers = tuple(path.SOLVERS) if only == "measured" else (only,)
+        found: list[list[Schedule]] = []
         for name, budget in zip(names, budgets, strict=True):
-            full = solve(graph.steps, weights, budget)
-            schedules.append(
-                Schedule(
+            several: dict[tuple[int, ...], Schedule] = {}
+            for solver in solvers:
+                try:
+                    full = path.SOLVERS[solver](graph.steps, weights, budget)
+                except PassError:
+                    if len(solvers) == 1 or solver == "minimax":
+                        raise
+                    continue  # simpler rules cannot make every budget
+                schedule = Schedule(
                     name=name,
                     steps=graph.steps,
                     full=full,
                     reuse=given.reuse,
+                    path=solver,
                     errors=path.segment_errors(full, weights),
-                    origin=f"calibrated: {given.path} path over {len(graph.errors[0])} samples",
+                    origin=f"calibrated: {solver} path over {len(graph.errors[0])} samples",
                 )
-            )
-        return tuple(schedules)
-
-    def _fit(
-        self,
-        pipeline: Any,
-        target: Target,
-        schedules: tuple[Schedule, ...],
-        context: PipelineContext,
-    ) -> tuple[dict[str, Coefficients], dict[str, Any]]:
-        """Return the coefficients of each schedule, and what share of a residual's power they leave on average."""
-        if self.parameters.reuse != "fitted":
-            return {}, {}
-        samples = self.calibration_samples(pipeline, context.seed, self.parameters.fit_samples)
-        found: dict[str, Coefficients] = {}
-        left: dict[str, Any] = {}
-        with context.progress.task("fitting reuse", total=len(schedules)) as task:
-            for schedule in schedules:
-                found[schedule.name], left[schedule.name] = fitted_on(
-                    pipeline,
-                    target,
-                    samples,
-                    schedule,
-                    steps=self.parameters.steps,
-                    arguments=self.parameters.arguments(),
-                )
-                task.advance()
-        return found, left
+                several.setdefault(full, schedule)
+            found.append(list(several.values()))
+        return found
 
     def _published(self, pipeline: Any, target: Target) -> LemicaFile:
         assert self.parameters.published is not None
@@ -218,7 +236,7 @@ class LemicaPass(PipelinePass):
         )
 
     def _record(
-        self, target: Target, samples: tuple[Sample, ...], fitted: dict[str, Any], context: PipelineContext
+        self, target: Target, samples: tuple[Sample, ...], tried: dict[str, Any], context: PipelineContext
     ) -> PassRecord:
         content = self.content
         shown = ", ".join(f"{item.name}: {item.budget} of {item.steps} steps in full" for item in content.schedules)
@@ -228,6 +246,14 @@ class LemicaPass(PipelinePass):
                 f"the graph cost {content.graph.equivalent_runs:.0f} full runs a sample; "
                 f"{len(content.graph.edges)} if each segment were run from the start"
             )
+        for schedule in content.schedules:
+            errors = {found: item["error"] for found, item in tried.get(schedule.name, {}).items() if item["error"]}
+            if errors:
+                shown_errors = ", ".join(f"{found} {error:.4g}" for found, error in errors.items())
+                notes.append(
+                    f"schedule '{schedule.name}' takes the {schedule.path} path: mean difference of the final latents "
+                    f"to all steps on {self.parameters.fit_samples} calibration samples: {shown_errors}"
+                )
         return PassRecord(
             name=self.name,
             parameters=self.parameters.model_dump(mode="json"),
@@ -238,13 +264,32 @@ class LemicaPass(PipelinePass):
                 "denoisers": list(target.denoisers),
                 "mode": target.mode,
                 "samples": len(samples),
-                "share_of_residual_left": fitted,
+                "tried": tried,
             },
             versions=_versions(),
         )
 
 
-def fitted_on(
+@dataclass(frozen=True)
+class Trial:
+    """A schedule's run over calibration samples.
+
+    Attributes
+    ----------
+    latents : torch.Tensor
+        Where it ended, as :func:`passes.lemica.inputs.generate` gives it.
+    coefficients : Coefficients or None
+        What was fitted in that run; None where nothing is to be.
+    left : float or None
+        Share of the power of skipped residuals that the combinations leave, the mean over skipped steps.
+    """
+
+    latents: torch.Tensor
+    coefficients: Coefficients | None
+    left: float | None
+
+
+def tried_on(
     pipeline: Any,
     target: Target,
     samples: tuple[Sample, ...],
@@ -252,22 +297,19 @@ def fitted_on(
     *,
     steps: int,
     arguments: dict[str, Any],
-) -> tuple[Coefficients, float]:
-    """Fit the coefficients of a schedule to calibration samples, by one run in full.
+) -> Trial:
+    """Run a schedule over calibration samples; where its reuse is fitted, fit it in that run, which is one in full."""
+    from passes.lemica import hook, reuse
+    from passes.lemica.following import follower
 
-    Returns
-    -------
-    coefficients : Coefficients
-    left : float
-        Share of the power of skipped residuals that the combinations leave, the mean over skipped steps.
-    """
-    from passes.lemica import hook, inputs, reuse
-
-    fitting = reuse.Fitting(schedule, target.mode)
-    with hook.attach(pipeline, fitting, mode=target.mode):
-        inputs.generate(pipeline, samples, steps=steps, arguments=arguments, output="latent")
+    fitting = reuse.Fitting(schedule, target.mode) if schedule.reuse == "fitted" else None
+    with hook.attach(pipeline, fitting or follower(schedule, None), mode=target.mode):
+        latents = inputs.generate(pipeline, samples, steps=steps, arguments=arguments)
+    if fitting is None:
+        return Trial(latents, None, None)
     errors = list(fitting.errors.values())
-    return reuse.Coefficients(dict(fitting.weights)), sum(errors) / len(errors) if errors else 0.0
+    left = sum(errors) / len(errors) if errors else 0.0
+    return Trial(latents, reuse.Coefficients(dict(fitting.weights)), left)
 
 
 def architecture(pipeline: Any, target: Target) -> str:

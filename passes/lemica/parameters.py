@@ -48,8 +48,12 @@ class LemicaParameters(PassParameters):
             "through the last two, or a combination of them fitted on the calibration samples."
         ),
     )
-    path: Literal["minimax", "shortest-sum", "uniform", "greedy"] = Field(
-        default="minimax", description="How the full steps are chosen; all but minimax are baselines."
+    path: Literal["measured", "minimax", "shortest-sum", "uniform", "greedy"] = Field(
+        default="measured",
+        description=(
+            "How the full steps are chosen: by LeMiCa's minimax path or a simpler rule; measured: each of these runs "
+            "on the calibration samples, and the one that ends nearest to all steps is taken."
+        ),
     )
     mode: Literal["auto", "residual", "output"] = Field(
         default="auto", description="Cache the residual of the block stack, or the denoiser's whole output."

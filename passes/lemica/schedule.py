@@ -38,6 +38,7 @@ class Schedule(_Strict):
     steps: int = Field(ge=2, description="Calls of the scheduler in one run.")
     full: tuple[int, ...] = Field(description="Full steps, ascending; the first is 0.")
     reuse: Reuse = "last"
+    path: str | None = Field(default=None, description="Solver that found it; null for a published schedule.")
     errors: tuple[float, ...] | None = Field(
         default=None, description="Error of each segment by itself, in order; null for a published schedule."
     )

@@ -18,7 +18,7 @@ import torch
 from effcli.diffusion.comparing import Bench, Outcome, likeness
 from effcli.diffusion.opening import open_pipeline
 from effcli.diffusion.timing import timed_run
-from passes.lemica import fitted_on, graph, inputs, path, peers, targets
+from passes.lemica import Trial, graph, inputs, path, peers, targets, tried_on
 from passes.lemica.following import follower
 from passes.lemica.schedule import Reuse, Schedule
 from profilers.image_quality import psnr, spread
@@ -52,8 +52,10 @@ def main() -> int:
         schedule = Schedule(name="benchmark", steps=STEPS, full=full, reuse=reuse)
         if reuse != "fitted":
             return follower(schedule, None)
-        found, _ = fitted_on(pipeline, target, known[:fit_samples], schedule, steps=STEPS, arguments={})
-        return follower(schedule, found)
+        return follower(schedule, tried(schedule, fit_samples).coefficients)
+
+    def tried(schedule: Schedule, fit_samples: int) -> Trial:
+        return tried_on(pipeline, target, known[:fit_samples], schedule, steps=STEPS, arguments={})
 
     if only_time:
         _time(bench, {budget: path.SOLVERS["uniform"](STEPS, {}, budget) for budget in BUDGETS}, follow)
@@ -86,14 +88,20 @@ def main() -> int:
 
     reached = True
     weights = errors.weights(ERROR_SAMPLES)
+    aim = inputs.generate(pipeline, known[:FIT_SAMPLES], steps=STEPS, arguments={})
+    defaults: dict[int, tuple[int, ...]] = {}
     for budget in BUDGETS:
-        ours = bench.run(follow(path.SOLVERS["minimax"](STEPS, weights, budget), "fitted"))
-        best = report("minimax, fitted", budget, ours)
+        apart = {}
+        for name, solve in path.SOLVERS.items():
+            schedule = Schedule(name=name, steps=STEPS, full=solve(STEPS, weights, budget), reuse="fitted")
+            apart[name] = float((tried(schedule, FIT_SAMPLES).latents - aim).abs().mean())
+        taken = min(apart, key=lambda name: apart[name])
+        defaults[budget] = path.SOLVERS[taken](STEPS, weights, budget)
+        ours = bench.run(follow(defaults[budget], "fitted"))
+        best = report("default", budget, ours, path=taken, calibration_latent_l1=apart)
         for name, solve in path.SOLVERS.items():
             full = solve(STEPS, weights, budget)
             for reuse in ("last", "linear", "fitted"):
-                if (name, reuse) == ("minimax", "fitted"):
-                    continue
                 other = report(f"{name}, {reuse}", budget, bench.run(follow(full, reuse)))
                 reached &= _gain(f"{name}, {reuse}", budget, best - other)
         for name, outcome in _peers(bench, known[:ERROR_SAMPLES], budget):
@@ -103,7 +111,7 @@ def main() -> int:
             for reuse in ("last", "fitted"):
                 outcome = bench.run(follow(full, reuse, count))
                 report(f"minimax, {reuse}, {count} samples", budget, outcome)
-    _time(bench, {budget: path.SOLVERS["minimax"](STEPS, weights, budget) for budget in BUDGETS}, follow)
+    _time(bench, defaults, follow)
     return 0 if reached else 1
 
 

@@ -69,6 +69,55 @@ def test_report_holds_what_was_asked_for(made):
     assert "data:image/png;base64," in page and "First Block Cache" in page
 
 
+def test_the_path_that_ends_nearest_to_all_steps_is_taken(made, source):
+    from passes.lemica import LemicaParameters, LemicaPass, hook, inputs, targets
+    from passes.lemica.following import chosen
+    from passes.lemica.schedule import read
+
+    report = json.loads((made / "report.json").read_text())
+    (record,) = report["passes"]
+    pipeline = tiny_pipelines.quiet(type(tiny_pipelines.dit()).from_pretrained(source, local_files_only=True))
+    given = LemicaParameters(**{key: value for key, value in record["parameters"].items() if value is not None})
+    samples = LemicaPass(given).calibration_samples(pipeline, record["seed"], given.fit_samples)
+    reference = inputs.generate(pipeline, samples, steps=8, arguments={})
+    content = read(made)
+    several = 0
+    for schedule in content.schedules:
+        errors = {name: item["error"] for name, item in record["details"]["tried"][schedule.name].items()}
+        assert schedule.path in errors
+        if len(errors) == 1:  # all rules agree
+            continue
+        several += 1
+        assert min(errors, key=errors.get) == schedule.path
+        with hook.attach(pipeline, chosen(content, made, schedule.name), mode=targets.find(pipeline).mode):
+            followed = inputs.generate(pipeline, samples, steps=8, arguments={})
+        assert float((followed - reference).abs().mean()) == pytest.approx(errors[schedule.path], rel=1e-4)
+    assert several
+
+
+@pytest.mark.parametrize(
+    ("step", "paths"),
+    [
+        ("path=greedy,budget=4", {"greedy"}),
+        ("max_error=1000", {"minimax"}),  # what others choose might not hold it
+        ("reuse=last,budget=4", {"minimax", "shortest-sum", "uniform", "greedy"}),
+    ],
+)
+def test_paths_that_are_tried(source, tmp_path, step, paths):
+    out = tmp_path / "out"
+    effcli.optimize(str(source), from_options([f"lemica:{step},{STEPS}"]), out)
+    report = json.loads((out / "report.json").read_text())
+    (tried,) = report["passes"][0]["details"]["tried"].values()
+    assert set(tried) <= paths and (len(paths) == 1 or len(tried) > 1)
+    (schedule,) = report["lemica"]["schedules"]
+    assert schedule["path"] in tried
+    rows = [row for row in report["comparison"] if row["chosen"]]
+    assert [row["full"] for row in rows] == [schedule["full"]]
+    minimax = next(row for row in report["comparison"] if row["method"] == "lemica")
+    if schedule["path"] == "minimax":
+        assert minimax["full"] == schedule["full"]
+
+
 def test_checkpoint_is_the_pipeline_with_a_schedule_beside_it(made, source):
     for path in source.rglob("*"):
         if path.is_file():
