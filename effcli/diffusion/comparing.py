@@ -247,6 +247,7 @@ def _peers(
     """Run diffusers' own caches at the cost of each budget; calibration samples say what they need to know."""
     from passes.lemica import peers
 
+    # FirstBlockCache decides by what it sees, so each sample runs alone; MagCache by its settings.
     runs = [bench.alone(sample).run for sample in bench.samples]
     ratios = peers.magnitude_ratios(bench.pipeline, [calibration.run])
     target = calibration.run()
@@ -257,7 +258,7 @@ def _peers(
             return float((calibration.run().latents - target.latents).abs().mean())
 
         for found in (
-            peers.mag_cache(bench.pipeline, runs, budget, ratios, trial=trial, progress=progress),
+            peers.mag_cache(bench.pipeline, [bench.run], budget, ratios, trial=trial, progress=progress),
             peers.first_block_cache(bench.pipeline, runs, budget, progress=progress),
         ):
             if isinstance(found, peers.Unavailable):
