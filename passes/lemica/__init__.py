@@ -11,6 +11,8 @@ See ``docs/passes/lemica.md``.
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -150,33 +152,29 @@ class LemicaPass(PipelinePass):
         """Return the schedules, what was fitted for each, and what each path that was tried came to."""
         given = self.parameters
         candidates = self._candidates(graph)
+        call: dict[str, Any] = {"steps": given.steps, "arguments": given.arguments()}
+        samples = self.calibration_samples(pipeline, context.seed, given.fit_samples)
+        choices = any(len(several) > 1 for several in candidates)
+        aim = inputs.generate(pipeline, samples, **call) if choices else None
         chosen: list[Schedule] = []
         coefficients: dict[str, Coefficients] = {}
         tried: dict[str, Any] = {}
-        samples = self.calibration_samples(pipeline, context.seed, given.fit_samples)
         with context.progress.task("trying schedules", total=sum(map(len, candidates))) as task:
-            aim = None
             for several in candidates:
-                trials: list[tuple[Schedule, Trial | None, float | None]] = []
+                trials = []
                 for schedule in several:
-                    trial, error = None, None
-                    if len(several) > 1 or given.reuse == "fitted":
-                        trial = tried_on(
-                            pipeline, target, samples, schedule, steps=given.steps, arguments=given.arguments()
-                        )
-                    if len(several) > 1 and trial is not None:
-                        if aim is None:
-                            aim = inputs.generate(pipeline, samples, steps=given.steps, arguments=given.arguments())
-                        error = float((trial.latents - aim).abs().mean())
-                    trials.append((schedule, trial, error))
+                    needed = len(several) > 1 or given.reuse == "fitted"
+                    trials.append(tried_on(pipeline, target, samples, schedule, **call) if needed else Trial())
                     task.advance()
-                schedule, trial, _ = min(trials, key=lambda item: item[2] or 0.0)
+                errors = [None if len(several) == 1 else _apart(trial.latents, aim) for trial in trials]
+                best = min(range(len(several)), key=lambda index: errors[index] or 0.0)
+                schedule, found = several[best], trials[best].coefficients
                 chosen.append(schedule)
-                if trial is not None and trial.coefficients is not None:
-                    coefficients[schedule.name] = trial.coefficients
+                if found is not None:
+                    coefficients[schedule.name] = found
                 tried[schedule.name] = {
-                    str(item.path): {"error": error, "share_of_residual_left": None if found is None else found.left}
-                    for item, found, error in trials
+                    str(item.path): {"error": error, "share_of_residual_left": trial.left}
+                    for item, trial, error in zip(several, trials, errors, strict=True)
                 }
         return tuple(chosen), coefficients, tried
 
@@ -247,9 +245,9 @@ class LemicaPass(PipelinePass):
                 f"{len(content.graph.edges)} if each segment were run from the start"
             )
         for schedule in content.schedules:
-            errors = {found: item["error"] for found, item in tried.get(schedule.name, {}).items() if item["error"]}
-            if errors:
-                shown_errors = ", ".join(f"{found} {error:.4g}" for found, error in errors.items())
+            paths = tried.get(schedule.name, {})
+            if len(paths) > 1:
+                shown_errors = ", ".join(f"{found} {item['error']:.4g}" for found, item in paths.items())
                 notes.append(
                     f"schedule '{schedule.name}' takes the {schedule.path} path: mean difference of the final latents "
                     f"to all steps on {self.parameters.fit_samples} calibration samples: {shown_errors}"
@@ -276,17 +274,17 @@ class Trial:
 
     Attributes
     ----------
-    latents : torch.Tensor
-        Where it ended, as :func:`passes.lemica.inputs.generate` gives it.
+    latents : torch.Tensor or None
+        Where it ended, as :func:`passes.lemica.inputs.generate` gives it; None: it did not run.
     coefficients : Coefficients or None
         What was fitted in that run; None where nothing is to be.
     left : float or None
         Share of the power of skipped residuals that the combinations leave, the mean over skipped steps.
     """
 
-    latents: torch.Tensor
-    coefficients: Coefficients | None
-    left: float | None
+    latents: torch.Tensor | None = None
+    coefficients: Coefficients | None = None
+    left: float | None = None
 
 
 def tried_on(
@@ -310,6 +308,13 @@ def tried_on(
     errors = list(fitting.errors.values())
     left = sum(errors) / len(errors) if errors else 0.0
     return Trial(latents, reuse.Coefficients(dict(fitting.weights)), left)
+
+
+def _apart(latents: torch.Tensor | None, aim: torch.Tensor | None) -> float:
+    """Return the mean absolute difference; what is not finite is farthest."""
+    assert latents is not None and aim is not None
+    found = float((latents - aim).abs().mean())
+    return found if math.isfinite(found) else sys.float_info.max
 
 
 def architecture(pipeline: Any, target: Target) -> str:

@@ -94,7 +94,9 @@ def main() -> int:
         apart = {}
         for name, solve in path.SOLVERS.items():
             schedule = Schedule(name=name, steps=STEPS, full=solve(STEPS, weights, budget), reuse="fitted")
-            apart[name] = float((tried(schedule, FIT_SAMPLES).latents - aim).abs().mean())
+            ended = tried(schedule, FIT_SAMPLES).latents
+            assert ended is not None
+            apart[name] = float((ended - aim).abs().mean())
         taken = min(apart, key=lambda name: apart[name])
         defaults[budget] = path.SOLVERS[taken](STEPS, weights, budget)
         ours = bench.run(follow(defaults[budget], "fitted"))
