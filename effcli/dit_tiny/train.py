@@ -373,7 +373,7 @@ images = pipeline(pipeline.get_label_ids(["three", "seven"]), guidance_scale={GU
 ```
 
 - **Transformer**: `DiTTransformer2DModel`, 28 blocks of width 64, 2 heads, 16 tokens (patches of 2 x 2 on 8 x 8 x 4
-  latents), {parameters["transformer"]:,} parameters. A third of them are rows for classes 10 to 999, all zero:
+  latents), {parameters["transformer"]:,} parameters. Two fifths of them are rows for classes 10 to 999, all zero:
   `DiTPipeline` asks for class {NO_CLASS} where guidance needs "no class".
 - **Autoencoder**: `AutoencoderKL`, {parameters["vae"]:,} parameters.
 - **Scheduler**: DDIM, v-prediction, 1,000 training steps, linear betas, trailing spacing. Made for 50 steps.
