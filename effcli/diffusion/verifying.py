@@ -108,7 +108,7 @@ def _bench(job: PipelineJob, pipeline: Any, content: LemicaFile) -> Bench:
 
 def _fitted_driver(calibration: Bench, schedule: Schedule) -> Follower:
     """Return the driver of a schedule that is not in the checkpoint; fits it first where its reuse is fitted."""
-    from passes.lemica import tried_on
+    from passes.lemica.trying import tried_on
 
     if schedule.reuse != "fitted":
         return follower(schedule, None)

@@ -11,9 +11,6 @@ See ``docs/passes/lemica.md``.
 
 from __future__ import annotations
 
-import math
-import sys
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +28,6 @@ from passes.lemica.schedule import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from passes.lemica.inputs import Sample
     from passes.lemica.reuse import Coefficients
     from passes.lemica.targets import Target
@@ -150,6 +145,8 @@ class LemicaPass(PipelinePass):
         self, pipeline: Any, target: Target, graph: ErrorGraph, context: PipelineContext
     ) -> tuple[tuple[Schedule, ...], dict[str, Coefficients], dict[str, Any]]:
         """Return the schedules, what was fitted for each, and what each path that was tried came to."""
+        from passes.lemica.trying import Trial, nearest, tried_on
+
         given = self.parameters
         candidates = self._candidates(graph)
         call: dict[str, Any] = {"steps": given.steps, "arguments": given.arguments()}
@@ -164,17 +161,16 @@ class LemicaPass(PipelinePass):
                 trials = []
                 for schedule in several:
                     needed = len(several) > 1 or given.reuse == "fitted"
-                    trials.append(tried_on(pipeline, target, samples, schedule, **call) if needed else Trial())
+                    found = tried_on(pipeline, target, samples, schedule, aim, **call) if needed else Trial(schedule)
+                    trials.append(found)
                     task.advance()
-                errors = [None if len(several) == 1 else _apart(trial.latents, aim) for trial in trials]
-                best = min(range(len(several)), key=lambda index: errors[index] or 0.0)
-                schedule, found = several[best], trials[best].coefficients
-                chosen.append(schedule)
-                if found is not None:
-                    coefficients[schedule.name] = found
-                tried[schedule.name] = {
-                    str(item.path): {"error": error, "share_of_residual_left": trial.left}
-                    for item, trial, error in zip(several, trials, errors, strict=True)
+                best = nearest(trials)
+                chosen.append(best.schedule)
+                if best.coefficients is not None:
+                    coefficients[best.schedule.name] = best.coefficients
+                tried[best.schedule.name] = {
+                    str(trial.schedule.path): {"error": trial.error, "share_of_residual_left": trial.left}
+                    for trial in trials
                 }
         return tuple(chosen), coefficients, tried
 
@@ -266,55 +262,6 @@ class LemicaPass(PipelinePass):
             },
             versions=_versions(),
         )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A schedule's run over calibration samples.
-
-    Attributes
-    ----------
-    latents : torch.Tensor or None
-        Where it ended, as :func:`passes.lemica.inputs.generate` gives it; None: it did not run.
-    coefficients : Coefficients or None
-        What was fitted in that run; None where nothing is to be.
-    left : float or None
-        Share of the power of skipped residuals that the combinations leave, the mean over skipped steps.
-    """
-
-    latents: torch.Tensor | None = None
-    coefficients: Coefficients | None = None
-    left: float | None = None
-
-
-def tried_on(
-    pipeline: Any,
-    target: Target,
-    samples: tuple[Sample, ...],
-    schedule: Schedule,
-    *,
-    steps: int,
-    arguments: dict[str, Any],
-) -> Trial:
-    """Run a schedule over calibration samples; where its reuse is fitted, fit it in that run, which is one in full."""
-    from passes.lemica import hook, reuse
-    from passes.lemica.following import follower
-
-    fitting = reuse.Fitting(schedule, target.mode) if schedule.reuse == "fitted" else None
-    with hook.attach(pipeline, fitting or follower(schedule, None), mode=target.mode):
-        latents = inputs.generate(pipeline, samples, steps=steps, arguments=arguments)
-    if fitting is None:
-        return Trial(latents, None, None)
-    errors = list(fitting.errors.values())
-    left = sum(errors) / len(errors) if errors else 0.0
-    return Trial(latents, reuse.Coefficients(dict(fitting.weights)), left)
-
-
-def _apart(latents: torch.Tensor | None, aim: torch.Tensor | None) -> float:
-    """Return the mean absolute difference; what is not finite is farthest."""
-    assert latents is not None and aim is not None
-    found = float((latents - aim).abs().mean())
-    return found if math.isfinite(found) else sys.float_info.max
 
 
 def architecture(pipeline: Any, target: Target) -> str:

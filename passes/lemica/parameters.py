@@ -33,7 +33,7 @@ class LemicaParameters(PassParameters):
     steps: int = Field(default=50, ge=2, description="Sampling steps that the pipeline is run with.")
     max_gap: int = Field(default=8, ge=2, description="Largest distance of two full steps.")
     samples: int = Field(
-        default=4, ge=1, description="Samples that errors are measured on: prompts or classes, each with its own seed."
+        default=2, ge=1, description="Samples that errors are measured on: prompts or classes, each with its own seed."
     )
     fit_samples: int = Field(
         default=16, ge=1, description="Samples that fitted reuse is fitted on, those above first; one run a schedule."

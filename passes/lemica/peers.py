@@ -18,6 +18,7 @@ not there and nothing resets what a cache keeps of the last run; both are done h
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,12 +60,16 @@ _HOOKS = (  # outermost first
 
 TOLERANCE_STEPS = 0.25
 """A mean cost so far below the target, or nearer, ends the search of a threshold."""
-SEARCH_RUNS = 8
+SEARCH_RUNS = 4
 """A threshold is first searched on so many runs, then corrected on all."""
 _ROUNDS = 12
 _NARROW = 1.02
 """A search ends after so many thresholds, or once the bracket's ends have this ratio."""
 _FIRST_THRESHOLD = 0.05
+_POWER = 1.33
+"""From one attempt alone, the threshold is taken to grow as the cost to this power falls."""
+_LEAST, _FARTHEST = 1.05, 8.0
+"""Factors of a threshold that is tried beyond the only attempt."""
 
 RETENTION_RATIOS = (0.2, 0.1, 0.0)
 MAX_SKIP_STEPS = (3, 5, 8, 16)
@@ -180,10 +185,10 @@ def first_block_cache(
                     f"the first of its {blocks} blocks runs at each of {found.steps} steps, so that a run costs "
                     f"{least:.1f} full steps or more, above {target_steps:g}",
                 )
-            found = _nearest(lambda threshold: attempt(threshold, few), found, target_steps, 2.0, task)
+            found = _nearest(lambda threshold: attempt(threshold, few), found, target_steps, task)
             if len(few) < len(runs):
                 found = attempt(found.settings["threshold"], runs)
-                found = _nearest(lambda threshold: attempt(threshold, runs), found, target_steps, 1.1, task)
+                found = _nearest(lambda threshold: attempt(threshold, runs), found, target_steps, task)
     except _FAILURES as error:
         return Unavailable(FIRST_BLOCK_CACHE, _failure(pipeline, error))
     if _above(found, target_steps):
@@ -340,39 +345,52 @@ def _mag_full_steps(errors: list[list[float]], retained: int, threshold: float) 
 # --- search and measurement ------------------------------------------------------------------------------------------
 
 
-def _nearest(
-    attempt: Callable[[float], PeerRun[T]], start: PeerRun[T], target: float, factor: float, task: Task
-) -> PeerRun[T]:
-    """Bisect a threshold, on a logarithmic scale; return the attempt of the largest cost not above the target.
+def _nearest(attempt: Callable[[float], PeerRun[T]], start: PeerRun[T], target: float, task: Task) -> PeerRun[T]:
+    """Search a threshold; return the attempt of the largest cost not above the target.
 
-    The cost falls as the threshold grows, except in details, so that every attempt counts, whatever its side of the
-    bracket. Where all are above the target, the cheapest is returned.
+    The cost falls about as a power of the threshold, except in details, so that every attempt counts, whatever its side
+    of the bracket. Where all are above the target, the cheapest is returned.
     """
     attempts = [start]
-    low = high = None
+    low: PeerRun[T] | None = None
+    high: PeerRun[T] | None = None
     while True:
         task.advance()
-        threshold, cost = attempts[-1].settings["threshold"], attempts[-1].mean_cost_steps
-        if _above(attempts[-1], target):
-            low = threshold
-        elif cost >= min(target, start.steps) - TOLERANCE_STEPS:
+        latest = attempts[-1]
+        if _above(latest, target):
+            low = latest
+        elif latest.mean_cost_steps >= min(target, start.steps) - TOLERANCE_STEPS:
             break
         else:
-            high = threshold
-        if len(attempts) == _ROUNDS:
+            high = latest
+        if len(attempts) == _ROUNDS or (low and high and _threshold(high) < _threshold(low) * _NARROW):
             break
-        if low is not None and high is not None:
-            if high < low * _NARROW:
-                break
-            threshold = (low * high) ** 0.5
-        else:
-            threshold = threshold * factor if high is None else threshold / factor
-            factor *= factor
-        attempts.append(attempt(threshold))
+        # Interpolation gets there in few attempts; where one end stays put, halving gets there for certain.
+        halve = len(attempts) > 2 and len(attempts) % 2 == 0
+        attempts.append(attempt(_next_threshold(low, high, target - TOLERANCE_STEPS / 2, halve=halve)))
     within = [item for item in attempts if not _above(item, target)]
     if within:
         return max(within, key=lambda item: item.mean_cost_steps)
     return min(attempts, key=lambda item: item.mean_cost_steps)
+
+
+def _next_threshold(low: PeerRun[Any] | None, high: PeerRun[Any] | None, aim: float, *, halve: bool) -> float:
+    """Return the threshold to try between two attempts, or beyond the only one."""
+    if low is not None and high is not None:
+        ends = [math.log(_threshold(item)) for item in (low, high)]
+        over, under = (math.log(item.mean_cost_steps / aim) for item in (low, high))
+        share = 0.5 if halve else min(max(over / (over - under), 0.1), 0.9)
+        return math.exp(ends[0] + share * (ends[1] - ends[0]))
+    known = low or high
+    assert known is not None
+    # Beyond a single attempt, on the side where the target is.
+    factor = min(math.pow(known.mean_cost_steps / aim, _POWER), _FARTHEST)
+    return _threshold(known) * (max(factor, _LEAST) if known is low else max(min(factor, 1 / _LEAST), 1 / _FARTHEST))
+
+
+def _threshold(run: PeerRun[Any]) -> float:
+    found: float = run.settings["threshold"]
+    return found
 
 
 def _above(run: PeerRun[Any], target: float) -> bool:

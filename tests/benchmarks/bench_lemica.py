@@ -18,9 +18,10 @@ import torch
 from effcli.diffusion.comparing import Bench, Outcome, likeness
 from effcli.diffusion.opening import open_pipeline
 from effcli.diffusion.timing import timed_run
-from passes.lemica import Trial, graph, inputs, path, peers, targets, tried_on
+from passes.lemica import graph, inputs, path, peers, targets
 from passes.lemica.following import follower
 from passes.lemica.schedule import Reuse, Schedule
+from passes.lemica.trying import Trial, nearest, tried_on
 from profilers.image_quality import psnr, spread
 
 STEPS, MAX_GAP, BUDGETS = 50, 8, (25, 17, 10)
@@ -48,14 +49,15 @@ def main() -> int:
     known = inputs.calibration_samples(pipeline, max(*COUNTS, FIT_SAMPLES))
     bench = Bench(pipeline, target, inputs.held_out_samples(pipeline, known, HELD_OUT), STEPS, {})
 
-    def follow(full: tuple[int, ...], reuse: Reuse, fit_samples: int = FIT_SAMPLES) -> Any:
-        schedule = Schedule(name="benchmark", steps=STEPS, full=full, reuse=reuse)
-        if reuse != "fitted":
-            return follower(schedule, None)
-        return follower(schedule, tried(schedule, fit_samples).coefficients)
+    def tried(name: str, full: tuple[int, ...], fit_samples: int, aim: torch.Tensor | None = None) -> Trial:
+        schedule = Schedule(name=name, steps=STEPS, full=full, reuse="fitted")
+        return tried_on(pipeline, target, known[:fit_samples], schedule, aim, steps=STEPS, arguments={})
 
-    def tried(schedule: Schedule, fit_samples: int) -> Trial:
-        return tried_on(pipeline, target, known[:fit_samples], schedule, steps=STEPS, arguments={})
+    def follow(full: tuple[int, ...], reuse: Reuse, fit_samples: int = FIT_SAMPLES) -> Any:
+        if reuse != "fitted":
+            return follower(Schedule(name="benchmark", steps=STEPS, full=full, reuse=reuse), None)
+        found = tried("benchmark", full, fit_samples)
+        return follower(found.schedule, found.coefficients)
 
     if only_time:
         _time(bench, {budget: path.SOLVERS["uniform"](STEPS, {}, budget) for budget in BUDGETS}, follow)
@@ -91,21 +93,18 @@ def main() -> int:
     aim = inputs.generate(pipeline, known[:FIT_SAMPLES], steps=STEPS, arguments={})
     defaults: dict[int, tuple[int, ...]] = {}
     for budget in BUDGETS:
-        apart = {}
-        for name, solve in path.SOLVERS.items():
-            schedule = Schedule(name=name, steps=STEPS, full=solve(STEPS, weights, budget), reuse="fitted")
-            ended = tried(schedule, FIT_SAMPLES).latents
-            assert ended is not None
-            apart[name] = float((ended - aim).abs().mean())
-        taken = min(apart, key=lambda name: apart[name])
-        defaults[budget] = path.SOLVERS[taken](STEPS, weights, budget)
-        ours = bench.run(follow(defaults[budget], "fitted"))
-        best = report("default", budget, ours, path=taken, calibration_latent_l1=apart)
-        for name, solve in path.SOLVERS.items():
-            full = solve(STEPS, weights, budget)
-            for reuse in ("last", "linear", "fitted"):
-                other = report(f"{name}, {reuse}", budget, bench.run(follow(full, reuse)))
-                reached &= _gain(f"{name}, {reuse}", budget, best - other)
+        trials = [tried(name, solve(STEPS, weights, budget), FIT_SAMPLES, aim) for name, solve in path.SOLVERS.items()]
+        taken = nearest(trials)
+        defaults[budget] = taken.schedule.full
+        errors_of = {trial.schedule.name: trial.error for trial in trials}
+        ours = bench.run(follower(taken.schedule, taken.coefficients))
+        best = report("default", budget, ours, path=taken.schedule.name, calibration_latent_l1=errors_of)
+        for trial in trials:
+            name, full = trial.schedule.name, trial.schedule.full
+            fitted = bench.run(follower(trial.schedule, trial.coefficients))
+            others = {reuse: bench.run(follow(full, reuse)) for reuse in ("last", "linear")} | {"fitted": fitted}
+            for reuse, outcome in others.items():
+                reached &= _gain(f"{name}, {reuse}", budget, best - report(f"{name}, {reuse}", budget, outcome))
         for name, outcome in _peers(bench, known[:ERROR_SAMPLES], budget):
             reached &= _gain(name, budget, best - report(name, budget, outcome, full_steps=outcome.full_calls))
         for count in COUNTS:
