@@ -75,9 +75,14 @@ class ErrorMap:
 
     def worst(self, full: Sequence[int]) -> float | None:
         """Return the largest error of the segments between full steps; None where the map lacks one of them."""
+        found = self.segments(full)
+        return None if found is None else max(found, default=0.0)
+
+    def segments(self, full: Sequence[int]) -> list[float] | None:
+        """Return the errors of the segments between full steps; None where the map lacks one of them."""
         found = [0.0 if j - i == 1 else self.weights.get((i, j)) for i, j in pairwise(full)]
         known = [error for error in found if error is not None]
-        return max(known, default=0.0) if len(known) == len(found) else None
+        return known if len(known) == len(found) else None
 
     def fewest(self, limit: float) -> int | None:
         """Return the least number of full steps, first and last included, with no segment's error above ``limit``."""

@@ -91,7 +91,7 @@ def _sections(report: Report, errors: ErrorMap | None, paths: Sequence[schedule_
     found = [
         diffusion_pictures.section(report),
         diffusion_schedules.section(report, errors),
-        diffusion_schedules.comparison_section(report),
+        diffusion_schedules.comparison_section(report, errors),
         diffusion_map.section(errors, why, paths, rows(report)),
         diffusion_map.steps_section(report),
         diffusion_calibration.section(report, errors),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from effcli import formatting as fmt
 from effcli.formatting import printable
@@ -29,6 +29,8 @@ LIKENESS_NOTE = (
     "Against the same prompts (or classes) and seeds with every step in full; none of them was calibrated on. Latent "
     "L1 is the mean absolute difference of the final latents. Intervals are 95 %, over samples."
 )
+CLEAR_GAIN_DB = 1.0
+"""By how much the minimax path is expected to beat the shortest sum; below, the report says what its segments cost."""
 FASTEST_NOTE = (
     "at most: all denoiser calls over full calls, what the denoiser would gain if a skipped step cost nothing."
 )
@@ -151,7 +153,7 @@ def lpips_notes(likenesses: Sequence[Report]) -> list[str]:
     ]
 
 
-def comparison_section(report: Report) -> Section:
+def comparison_section(report: Report, errors: ErrorMap | None) -> Section:
     """Show every way to skip steps at each budget, side by side."""
     found = rows(report)
     title = "Against other ways to skip steps"
@@ -166,14 +168,14 @@ def comparison_section(report: Report) -> Section:
     for budget in budgets:
         at = [row for row in found if row.budget == budget]
         missing = [note for note in lpips_notes([row.likeness for row in at]) if note not in told]
-        blocks.append(_at(report, at, missing))
+        blocks.append(_at(report, at, errors, missing))
         told.update(missing)
     if len(budgets) > 1:
         blocks.append(Chart("psnr"))
     return Section("comparison", title, tuple(lead), tuple(blocks))
 
 
-def _at(report: Report, found: Sequence[Row], missing: Sequence[str]) -> Table:
+def _at(report: Report, found: Sequence[Row], errors: ErrorMap | None, missing: Sequence[str]) -> Table:
     perceptual = any(spread(row.likeness.get("lpips")) for row in found)
     timed = any(row.run_seconds is not None for row in found)
     made = tuple(
@@ -200,7 +202,29 @@ def _at(report: Report, found: Sequence[Row], missing: Sequence[str]) -> Table:
     notes = [
         *(f"{row.label}: {row.reason.rstrip('.')}." for row in found if row.reason),
         "full: cost of one run in full steps, mean over samples; a block that runs at a skipped step counts.",
+        _minimax_note({row.method: row for row in found}, errors) if errors is not None else None,
         *same_notes([row.likeness for row in found]),
         *missing,
     ]
     return Table(f"{found[0].budget}{of} steps in full", heads, made, unique(notes))
+
+
+def _minimax_note(by_method: Mapping[str, Row], errors: ErrorMap) -> str | None:
+    """Say what the minimax path gains over the shortest sum, and what their segments' errors are."""
+    ours, theirs = by_method.get("lemica"), by_method.get("shortest-sum")
+    if ours is None or theirs is None or not ours.full or not theirs.full or ours.psnr is None or theirs.psnr is None:
+        return None
+    if ours.full == theirs.full:
+        return "LeMiCa's minimax and the shortest sum choose the same steps here."
+    mine, other = errors.segments(ours.full), errors.segments(theirs.full)
+    if mine is None or other is None:
+        return None
+    gain = ours.psnr.mean - theirs.psnr.mean
+    note = (
+        f"LeMiCa's minimax against the shortest sum: {gain:+.1f} dB; worst segment {fmt.significant(max(mine))} "
+        f"against {fmt.significant(max(other))}, all segments {fmt.significant(sum(mine))} against "
+        f"{fmt.significant(sum(other))}."
+    )
+    if gain > CLEAR_GAIN_DB:
+        return note
+    return f"{note} What it saves in the worst segment it spends on the others, and here that comes to about the same."

@@ -284,6 +284,27 @@ def test_a_column_that_nothing_was_measured_for_is_left_out(reports: dict[str, d
     assert "run" not in titles and table.rows[0][titles.index("LPIPS")] == "0.0123"
 
 
+def test_the_minimax_path_is_held_against_the_shortest_sum(reports: dict[str, dict[str, Any]]) -> None:
+    data = copy.deepcopy(reports["pipeline"])
+    data["lemica"]["graph"] |= {"steps": 50, "max_gap": 49, "edges": [[0, 48], [0, 2], [2, 49]]}
+    data["lemica"]["graph"]["errors"] = [[0.25], [0.125], [0.1875]]
+
+    def notes(ours: list[int], psnr: float) -> str:
+        for row in data["comparison"]:
+            if row["budget"] == 10 and row["method"] in ("lemica", "shortest-sum"):
+                row["full"] = ours if row["method"] == "lemica" else [0, 48, 49]
+            if row["budget"] == 10 and row["method"] == "lemica":
+                row["likeness"]["psnr_db"]["mean"] = psnr
+        (section,) = [section for section in document(data).sections if section.name == "comparison"]
+        tables = [block for block in section.blocks if isinstance(block, Table)]
+        return " ".join(next(table for table in tables if table.title.startswith("10 of 50")).notes)
+
+    near, far, same = notes([0, 2, 49], 23.98), notes([0, 2, 49], 24.98), notes([0, 48, 49], 23.68)
+    assert "+0.3 dB; worst segment 0.188 against 0.250, all segments 0.312 against 0.250. What it saves" in near
+    assert "+1.3 dB; worst segment" in far and "What it saves" not in far
+    assert "choose the same steps" in same
+
+
 def test_a_path_that_was_asked_for_is_named(reports: dict[str, dict[str, Any]]) -> None:
     data = copy.deepcopy(reports["pipeline"])
     data["passes"][0]["parameters"]["path"] = "greedy"
