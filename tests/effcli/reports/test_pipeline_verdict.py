@@ -51,6 +51,13 @@ def test_a_denoiser_below_nine_tenths_of_what_is_allowed_is_named(share: float, 
         assert f"leave {1 / (0.34 + 0.66 * (0.15 / 2.9)):.2f}×" in text
 
 
+def test_a_denoiser_that_reaches_what_heads_leave_is_not_held_against_it() -> None:
+    data = one(denoiser_seconds_after=2.9 * 17 / 50 / 0.89).to_dict()
+    data["denoising"]["blocks_share"] = 0.8
+    text = " ".join(optimize_verdict(data))
+    assert "2.62× where 2.94× is allowed (all that embedders and heads leave, which run at every step)" in text
+
+
 def test_other_passes_share_in_the_gain() -> None:
     quantized = PassRecord("quantize", {"scheme": "w8a16"}, "28 layers to 8 bits")
     report = replace(one(denoiser_seconds_after=0.8), passes=(quantized, *optimized().passes))
