@@ -63,7 +63,7 @@ TOLERANCE_STEPS = 0.25
 SEARCH_RUNS = 4
 """A threshold is first searched on so many runs, then corrected on all."""
 _ROUNDS = 12
-_NARROW = 1.02
+_NARROW = 1.005
 """A search ends after so many thresholds, or once the bracket's ends have this ratio."""
 _FIRST_THRESHOLD = 0.05
 _POWER = 1.33

@@ -12,6 +12,7 @@ import torch
 
 from passes.base import PassError
 from passes.lemica import peers
+from profilers.base import SilentProgress
 from tests.passes.lemica import tiny_pipelines
 
 STEPS = 10
@@ -180,6 +181,31 @@ def test_the_search_of_a_threshold_is_corrected_on_all_runs(monkeypatch: pytest.
     found = peers.first_block_cache(pipeline, [maker(pipeline, seed) for seed in range(4)], 7.0)
     assert isinstance(found, peers.PeerRun)
     assert len(found.results) == 4 and 7 - 1.5 <= found.mean_cost_steps <= 7
+
+
+@pytest.mark.parametrize("power", [0.5, 0.75, 1.5])
+@pytest.mark.parametrize("target", [4.0, 12.0, 25.0, 45.0])
+def test_a_threshold_is_found_in_few_attempts(power: float, target: float) -> None:
+    tried = []
+
+    def attempt(threshold: float) -> peers.PeerRun[None]:
+        tried.append(threshold)
+        cost = min(50.0, 50 * (0.02 / threshold) ** power)
+        return peers.PeerRun("any", {"threshold": threshold}, (None,), 50, (cost,), (cost,))
+
+    with SilentProgress().task("search") as task:
+        found = peers._nearest(attempt, attempt(0.05), target, task)
+    assert target - peers.TOLERANCE_STEPS <= found.mean_cost_steps <= target
+    assert len(tried) <= 9
+
+
+def test_of_costs_that_jump_over_the_target_the_largest_below_it_is_taken() -> None:
+    def attempt(threshold: float) -> peers.PeerRun[None]:
+        cost = 20.0 if threshold < 0.3 else 9.0
+        return peers.PeerRun("any", {"threshold": threshold}, (None,), 50, (cost,), (cost,))
+
+    with SilentProgress().task("search") as task:
+        assert peers._nearest(attempt, attempt(0.05), 12.0, task).mean_cost_steps == 9.0
 
 
 def test_no_run_starts_from_what_another_left() -> None:
