@@ -267,7 +267,7 @@ def _peers(
             outcome = _joined(found.results, found.mean_cost_steps)
             outcomes[found.method, budget] = outcome
             like = likeness(reference, outcome)
-            rows.append(ComparisonRow(found.method, budget, found.mean_cost_steps, None, None, like))
+            rows.append(ComparisonRow(found.method, budget, found.mean_cost_steps, found.full, None, like))
     return rows
 
 

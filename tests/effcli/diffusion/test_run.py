@@ -65,6 +65,9 @@ def test_report_holds_what_was_asked_for(made):
     }
     chosen = [row for row in report["comparison"] if row["chosen"]]
     assert {(row["method"], row["budget"]) for row in chosen} == {("fitted", 5), ("fitted", 3)}
+    # MagCache skips the same steps of every sample, FirstBlockCache those that it sees fit.
+    full = {row["method"]: row["full"] for row in report["comparison"] if row["likeness"]}
+    assert full["mag-cache"][0] == 0 and full.get("first-block-cache") is None
     page = (made / "report.html").read_text()
     assert "data:image/png;base64," in page and "First Block Cache" in page
 
