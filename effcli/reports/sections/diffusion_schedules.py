@@ -30,7 +30,7 @@ LIKENESS_NOTE = (
     "L1 is the mean absolute difference of the final latents. Intervals are 95 %, over samples."
 )
 CLEAR_GAIN_DB = 1.0
-"""By how much the minimax path is expected to beat the shortest sum; below, the report says what its segments cost."""
+"""Minimax and the shortest sum that differ by less are called about the same."""
 FASTEST_NOTE = (
     "at most: all denoiser calls over full calls, what the denoiser would gain if a skipped step cost nothing."
 )
@@ -225,6 +225,6 @@ def _minimax_note(by_method: Mapping[str, Row], errors: ErrorMap) -> str | None:
         f"against {fmt.significant(max(other))}, all segments {fmt.significant(sum(mine))} against "
         f"{fmt.significant(sum(other))}."
     )
-    if gain > CLEAR_GAIN_DB:
+    if abs(gain) > CLEAR_GAIN_DB:
         return note
     return f"{note} What it saves in the worst segment it spends on the others, and here that comes to about the same."

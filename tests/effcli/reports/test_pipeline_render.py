@@ -300,8 +300,10 @@ def test_the_minimax_path_is_held_against_the_shortest_sum(reports: dict[str, di
         return " ".join(next(table for table in tables if table.title.startswith("10 of 50")).notes)
 
     near, far, same = notes([0, 2, 49], 23.98), notes([0, 2, 49], 24.98), notes([0, 48, 49], 23.68)
+    behind = notes([0, 2, 49], 22.38)
     assert "+0.3 dB; worst segment 0.188 against 0.250, all segments 0.312 against 0.250. What it saves" in near
     assert "+1.3 dB; worst segment" in far and "What it saves" not in far
+    assert "-1.3 dB; worst segment" in behind and "about the same" not in behind
     assert "choose the same steps" in same
 
 
