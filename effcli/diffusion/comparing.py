@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from effcli.reports.pipeline_model import ComparisonRow, Likeness, Sheet, Spread
 from passes.base import PassError
 from passes.lemica import path
-from passes.lemica.schedule import ErrorGraph, LemicaFile, Reuse, Schedule
+from passes.lemica.schedule import ErrorGraph, LemicaFile, Mode, Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class Bench:
         with contextlib.ExitStack() as stack:
             last = stack.enter_context(_last_sample(self.pipeline.scheduler))
             if driver is not None:
-                stack.enter_context(hook.attach(self.pipeline, driver, mode=self.target.mode))
+                stack.enter_context(hook.attach(self.pipeline, driver, mode=driver.schedule.mode))
             latents, pictures = [], []
             for group in [self.samples] if inputs.takes_batches(self.pipeline) else [(one,) for one in self.samples]:
                 made = inputs.generate(
@@ -184,7 +184,8 @@ def compare(
     """
     rows: list[ComparisonRow] = []
     outcomes: dict[tuple[str, int], Outcome] = {}
-    candidates = {schedule.name: _candidates(schedule, content.graph) for schedule in content.schedules}
+    other = _other_mode(bench.pipeline, content.calibration.mode)
+    candidates = {schedule.name: _candidates(schedule, content.graph, other) for schedule in content.schedules}
     with progress.task("comparing", total=sum(map(len, candidates.values()))) as task:
         for schedule in content.schedules:
             for method, tried, chosen in candidates[schedule.name]:
@@ -211,16 +212,34 @@ def compare(
     return Comparison(tuple(rows), outcomes)
 
 
-def _candidates(schedule: Schedule, graph: ErrorGraph | None) -> list[tuple[str, Schedule | PassError, bool]]:
-    """Return the ways to skip steps at a schedule's budget: name, schedule (or why there is none), whether chosen."""
+def _other_mode(pipeline: Any, mode: Mode) -> Mode | None:
+    """Return what could be reused instead; a pipeline without a stack of blocks has the whole output alone."""
+    from passes.lemica import targets
+
+    if mode == "residual":
+        return "output"
+    try:
+        found = targets.find(pipeline).mode
+    except PassError:
+        return None
+    return found if found == "residual" else None
+
+
+def _candidates(
+    schedule: Schedule, graph: ErrorGraph | None, other: Mode | None
+) -> list[tuple[str, Schedule | PassError, bool]]:
+    """Return the ways to skip steps at a schedule's budget: name, schedule (or why there is none), whether chosen.
+
+    ``other`` is what could be reused and is not.
+    """
     weights = {} if graph is None else graph.weights()
     found: list[tuple[str, Schedule | PassError, bool]] = []
-    kinds: tuple[tuple[str, Reuse], ...] = (("fitted", "fitted"), ("linear", "linear"))
-    for method, reuse in kinds:
-        if reuse == "fitted" and schedule.reuse != "fitted":
-            continue
-        found.append((method, schedule.model_copy(update={"reuse": reuse}), reuse == schedule.reuse))
-    # LeMiCa as published, then the simpler rules; one of them may be what was chosen.
+    if schedule.reuse == "fitted":
+        found.append(("fitted", schedule, True))
+        if other is not None:
+            found.append((f"fitted-{other}", schedule.model_copy(update={"mode": other}), False))
+    found.append(("linear", schedule.model_copy(update={"reuse": "linear"}), schedule.reuse == "linear"))
+    # LeMiCa's own reuse and path, then the simpler rules; one of them may be what was chosen.
     chosen = schedule.reuse != "last"
     for method, solver in (("lemica", "minimax"), *((name, name) for name in _BASELINES)):
         try:
@@ -231,7 +250,7 @@ def _candidates(schedule: Schedule, graph: ErrorGraph | None) -> list[tuple[str,
             continue
         own = not chosen and full == schedule.full
         chosen |= own
-        tried = schedule if own else Schedule(name=method, steps=schedule.steps, full=full, reuse="last")
+        tried = schedule if own else schedule.model_copy(update={"name": method, "full": full, "reuse": "last"})
         found.append((method, tried, own))
     return found
 

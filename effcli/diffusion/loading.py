@@ -107,7 +107,7 @@ def open_followed(
     if components:
         opened.pipeline.register_modules(**components)
     check_pipeline(opened.pipeline, content)
-    attached = hook.attach(opened.pipeline, follower, mode=content.calibration.mode)
+    attached = hook.attach(opened.pipeline, follower, mode=follower.schedule.mode)
     return LoadedPipeline(opened.pipeline, follower.schedule, follower, attached)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from effcli.diffusion.comparing import Bench
-    from passes.lemica.driving import Driver
+    from passes.lemica.hook import Follower
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TimedRun:
     denoiser_seconds: float
 
 
-def timed_run(bench: Bench, driver: Driver | None, device: torch.device) -> TimedRun:
+def timed_run(bench: Bench, driver: Follower | None, device: torch.device) -> TimedRun:
     """Run a pipeline's samples once, with a driver or as it is; the device is waited for around each call."""
     import contextlib
 
@@ -42,7 +42,7 @@ def timed_run(bench: Bench, driver: Driver | None, device: torch.device) -> Time
 
     with contextlib.ExitStack() as stack:
         if driver is not None:
-            stack.enter_context(hook.attach(bench.pipeline, driver, mode=bench.target.mode))
+            stack.enter_context(hook.attach(bench.pipeline, driver, mode=driver.schedule.mode))
         for name in bench.target.denoisers:
             module = targets.denoiser(bench.pipeline, name)
             for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after)):

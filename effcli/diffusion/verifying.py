@@ -114,7 +114,6 @@ def _fitted_driver(calibration: Bench, schedule: Schedule) -> Follower:
         return follower(schedule, None)
     trial = tried_on(
         calibration.pipeline,
-        calibration.target,
         calibration.samples,
         schedule,
         steps=calibration.steps,
@@ -188,6 +187,7 @@ def _schedule_result(schedule: Schedule, outcome: Outcome, like: Likeness, timed
         steps=schedule.steps,
         full=schedule.full,
         reuse=schedule.reuse,
+        mode=schedule.mode,
         origin=schedule.origin,
         full_calls=float(timed.full_calls),
         calls=float(timed.calls),

@@ -136,6 +136,8 @@ class ScheduleResult:
     ----------
     full : tuple of int
         Full steps.
+    mode : str
+        What is reused at the others: the ``residual`` of the blocks, or the denoiser's whole ``output``.
     full_calls, calls : float
         Denoiser calls of one run: in full, and all.
     run_seconds_before, run_seconds_after : float
@@ -148,6 +150,7 @@ class ScheduleResult:
     steps: int
     full: tuple[int, ...]
     reuse: str
+    mode: str
     origin: str
     full_calls: float
     calls: float
@@ -165,8 +168,9 @@ class ComparisonRow:
     Attributes
     ----------
     method : str
-        ``fitted`` and ``linear`` (the schedule's own path, with these kinds of reuse); ``lemica`` (minimax path) and
-        ``uniform``, ``greedy``, ``shortest-sum``, with the last residual; ``first-block-cache``, ``mag-cache``.
+        ``fitted`` and ``linear`` (the schedule's own path, with these kinds of reuse), ``fitted-residual`` or
+        ``fitted-output`` (the same, of what the schedule does not reuse); ``lemica`` (minimax path) and ``uniform``,
+        ``greedy``, ``shortest-sum``, with what the last full step left; ``first-block-cache``, ``mag-cache``.
     budget : int
         Full steps that were asked for.
     full_calls : float or None

@@ -16,7 +16,13 @@ from effcli.reports.blocks import Report, items
 from effcli.reports.changes import mapping, number
 from effcli.reports.pipeline_model import Spread
 
-OWN = {"fitted": "fitted reuse", "linear": "linear reuse", "lemica": "last residual"}
+OWN = {
+    "fitted": "fitted reuse",
+    "fitted-residual": "fitted reuse of the blocks' residual",
+    "fitted-output": "fitted reuse of the whole output",
+    "linear": "linear reuse",
+    "lemica": "last {mode}",
+}
 """Of the schedule's own path, but for ``lemica``: of the minimax path."""
 METHODS = {
     "uniform": "uniform spacing",
@@ -25,10 +31,14 @@ METHODS = {
     "first-block-cache": "First Block Cache",
     "mag-cache": "MagCache",
 }
-REUSES = {
-    "last": "the last full step's residual",
-    "linear": "the line through the last two full steps' residuals",
-    "fitted": "a fitted mix of the last full steps' residuals",
+_REUSES = {
+    "last": "the last full step's {mode}",
+    "linear": "the line through the last two full steps' {mode}s",
+    "fitted": "a fitted mix of the last full steps' {mode}s",
+}
+MODES = {
+    "residual": "the residual of the whole block stack",
+    "output": "the denoiser's whole output",
 }
 MOST_STEPS = 10_000
 """Of a map that is drawn; a report that claims more is damaged."""
@@ -106,6 +116,7 @@ class Result:
     steps: int | None
     full: tuple[int, ...]
     reuse: str
+    mode: str
     origin: str
     default: bool
     data: Report
@@ -193,12 +204,25 @@ def results(report: Report) -> tuple[Result, ...]:
                 steps,
                 full_steps(data.get("full"), steps) or (),
                 printable(data.get("reuse") or fmt.MISSING),
+                "output" if data.get("mode") == "output" else "residual",
                 printable(data.get("origin") or ""),
                 data.get("name") is not None and data.get("name") == default,
                 data,
             )
         )
     return tuple(sorted(found, key=lambda result: not result.default))
+
+
+def mode_of(report: Report) -> str:
+    """Return what is reused: ``residual`` of the blocks, or the whole ``output``."""
+    calibration = mapping(mapping(report.get("lemica")).get("calibration"))
+    found = calibration.get("mode") or mapping(report.get("pipeline")).get("mode")
+    return "output" if found == "output" else "residual"
+
+
+def reuse_text(reuse: str, mode: str) -> str:
+    """Say what stands for a skipped step."""
+    return _REUSES.get(reuse, reuse).format(mode=mode)
 
 
 def other_passes(report: Report) -> tuple[str, ...]:
@@ -229,7 +253,7 @@ def _asked_path(report: Report) -> str:
 
 def rows(report: Report) -> tuple[Row, ...]:
     """Return the comparison, budgets from the largest; the rows of a budget in the order that they were saved."""
-    steps, paths, asked = steps_of(report), own_paths(report), _asked_path(report)
+    steps, paths, asked, mode = steps_of(report), own_paths(report), _asked_path(report), mode_of(report)
     found = []
     for data in items(report, "comparison"):
         budget = whole(mapping(data).get("budget"))
@@ -240,7 +264,7 @@ def rows(report: Report) -> tuple[Row, ...]:
         found.append(
             Row(
                 method,
-                f"{own}, {OWN[method]}" if method in OWN else METHODS.get(method, method),
+                f"{own}, {OWN[method].format(mode=mode)}" if method in OWN else METHODS.get(method, method),
                 budget,
                 number(data.get("full_calls")),
                 full_steps(data.get("full"), steps),

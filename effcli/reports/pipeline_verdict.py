@@ -92,16 +92,19 @@ def shortfalls(found: tuple[Result, ...], report: Report) -> list[str]:
         gain, allowed = result.gain("denoiser"), result.allowed
         if gain is not None and allowed is not None and gain < REACHED * allowed:
             reached = f"{times(gain)} where {times(allowed)} is allowed"
-            short.append(f"{result.name} {reached}{_outside(gain, allowed, report)}")
+            short.append(f"{result.name} {reached}{_outside(result, report)}")
     if not short:
         return []
     return [f"The denoiser is less than {fmt.percent(REACHED)} as fast as its schedule allows: {'; '.join(short)}."]
 
 
-def _outside(gain: float, allowed: float, report: Report) -> str:
+def _outside(result: Result, report: Report) -> str:
     """Say what is left of a speed-up when only the blocks are skipped."""
+    gain, allowed = result.gain("denoiser"), result.allowed
     share = number(pipeline_denoising.denoising(report).get("blocks_share"))
-    if share is None or not 0 < share < 1 or allowed < 1:
+    if gain is None or allowed is None or allowed < 1 or result.mode == "output":
+        return ""
+    if share is None or not 0 < share < 1:
         return ""
     most = 1 / (1 / allowed + (1 - 1 / allowed) * (1 - share))
     if gain >= most:

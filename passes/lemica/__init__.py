@@ -3,14 +3,15 @@
 ::
 
     pipeline ──graph.py──> ErrorGraph ──path.py──> Schedule ──hook.py──> the pipeline, skipping
-      (replay of every segment of reuse)  (lexicographic minimax)   (residual of the block stack reused)
-                                              └──reuse.py──> weights of the last residuals at each skipped step
+      (replay of every segment of reuse)  (lexicographic minimax)   (residual of the blocks, or whole output, reused)
+                                              └──reuse.py──> weights of what the last full steps left
 
 See ``docs/passes/lemica.md``.
 """
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,14 @@ from passes.lemica.schedule import (
     Calibration,
     ErrorGraph,
     LemicaFile,
+    Mode,
     Schedule,
     write,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from passes.lemica.inputs import Sample
     from passes.lemica.reuse import Coefficients
     from passes.lemica.targets import Target
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["LemicaParameters", "LemicaPass"]
 
 _NAMES = {1: ("fast",), 2: ("slow", "fast"), 3: ("slow", "medium", "fast"), 4: ("slow", "medium", "fast", "fastest")}
+_MODES: dict[Mode, str] = {"residual": "the blocks' residual", "output": "the whole output"}
+_MODES_FILE = "modes.json"
 _UNNAMED = ("_class_name", "_diffusers_version", "_use_default_values", "_name_or_path")
 
 
@@ -82,21 +88,27 @@ class LemicaPass(PipelinePass):
 
         given = self.parameters
         target = targets.find(pipeline, given.mode)
+        samples: tuple[Sample, ...] = ()
+        tried: dict[str, list[dict[str, Any]]] = {}
+        by_mode: dict[Mode, float] = {}
         if given.published is not None:
             self.content, self.coefficients = self._published(pipeline, target), {}
-            samples: tuple[Sample, ...] = ()
-            tried: dict[str, Any] = {}
         else:
             samples = self.calibration_samples(pipeline, context.seed, given.samples)
-            graph = self._graph(pipeline, samples, context)
-            schedules, self.coefficients, tried = self._schedules(pipeline, target, graph, context)
+            fitting = self.calibration_samples(pipeline, context.seed, given.fit_samples)
+            aim = inputs.generate(pipeline, fitting, steps=given.steps, arguments=given.arguments())
+            if given.mode == "auto" and given.reuse != "last" and target.mode == "residual":
+                by_mode = self._modes(pipeline, fitting, aim, context)
+                target = targets.find(pipeline, min(by_mode.items(), key=lambda found: found[1])[0])
+            graph = self._graph(pipeline, target, samples, context)
+            schedules, self.coefficients, tried = self._schedules(pipeline, target, graph, fitting, aim, context)
             self.content = LemicaFile(
                 schedules=schedules,
                 default=schedules[0].name,
                 calibration=self._calibration(pipeline, target, samples),
                 graph=graph,
             )
-        return self._record(target, samples, tried, context)
+        return self._record(target, samples, by_mode, tried, context)
 
     def save_pipeline(self, pipeline: Any, folder: Path) -> None:
         """Write ``lemica.json``, and ``lemica.safetensors`` where something was fitted."""
@@ -122,7 +134,31 @@ class LemicaPass(PipelinePass):
             return (given.budget,)
         return (path.for_speedup(steps, given.speedup or DEFAULT_SPEEDUP),)
 
-    def _graph(self, pipeline: Any, samples: tuple[Sample, ...], context: PipelineContext) -> ErrorGraph:
+    def _modes(
+        self, pipeline: Any, samples: tuple[Sample, ...], aim: torch.Tensor, context: PipelineContext
+    ) -> dict[Mode, float]:
+        """Return how far runs end from all steps by what they reuse; a resumed run takes what it had found."""
+        from passes.lemica.trying import modes_tried
+
+        kept = context.work / _MODES_FILE
+        if kept.is_file():
+            found: dict[Mode, float] = json.loads(kept.read_text(encoding="utf-8"))
+            return found
+        given = self.parameters
+        budget = min(self._budgets(given.steps), default=path.for_speedup(given.steps, DEFAULT_SPEEDUP))
+        with context.progress.task("trying what to reuse"):
+            trials = modes_tried(
+                pipeline, samples, budget, given.reuse, aim, steps=given.steps, arguments=given.arguments()
+            )
+        found = {trial.schedule.mode: trial.error for trial in trials if trial.error is not None}
+        draft = kept.with_suffix(".part")
+        draft.write_text(json.dumps(found), encoding="utf-8")
+        draft.replace(kept)
+        return found
+
+    def _graph(
+        self, pipeline: Any, target: Target, samples: tuple[Sample, ...], context: PipelineContext
+    ) -> ErrorGraph:
         from passes.lemica import graph
 
         given = self.parameters
@@ -134,7 +170,7 @@ class LemicaPass(PipelinePass):
             arguments=given.arguments(),
             work=context.work,
             distance=given.distance,
-            mode=given.mode,
+            mode=target.mode,
             batch=given.batch,
             progress=context.progress,
             spread=context.spread,
@@ -142,39 +178,41 @@ class LemicaPass(PipelinePass):
         )
 
     def _schedules(
-        self, pipeline: Any, target: Target, graph: ErrorGraph, context: PipelineContext
-    ) -> tuple[tuple[Schedule, ...], dict[str, Coefficients], dict[str, Any]]:
+        self,
+        pipeline: Any,
+        target: Target,
+        graph: ErrorGraph,
+        samples: tuple[Sample, ...],
+        aim: torch.Tensor,
+        context: PipelineContext,
+    ) -> tuple[tuple[Schedule, ...], dict[str, Coefficients], dict[str, list[dict[str, Any]]]]:
         """Return the schedules, what was fitted for each, and what each path that was tried came to."""
         from passes.lemica.trying import Trial, nearest, tried_on
 
         given = self.parameters
-        candidates = self._candidates(graph)
+        candidates = self._candidates(graph, target)
         call: dict[str, Any] = {"steps": given.steps, "arguments": given.arguments()}
-        samples = self.calibration_samples(pipeline, context.seed, given.fit_samples)
-        choices = any(len(several) > 1 for several in candidates)
-        aim = inputs.generate(pipeline, samples, **call) if choices else None
         chosen: list[Schedule] = []
         coefficients: dict[str, Coefficients] = {}
-        tried: dict[str, Any] = {}
+        tried: dict[str, list[dict[str, Any]]] = {}
         with context.progress.task("trying schedules", total=sum(map(len, candidates))) as task:
             for several in candidates:
                 trials = []
                 for schedule in several:
                     needed = len(several) > 1 or given.reuse == "fitted"
-                    found = tried_on(pipeline, target, samples, schedule, aim, **call) if needed else Trial(schedule)
+                    found = tried_on(pipeline, samples, schedule, aim, **call) if needed else Trial(schedule)
                     trials.append(found)
                     task.advance()
                 best = nearest(trials)
                 chosen.append(best.schedule)
                 if best.coefficients is not None:
                     coefficients[best.schedule.name] = best.coefficients
-                tried[best.schedule.name] = {
-                    str(trial.schedule.path): {"error": trial.error, "share_of_residual_left": trial.left}
-                    for trial in trials
-                }
+                tried[best.schedule.name] = [
+                    {"path": trial.schedule.path, "error": trial.error, "share_left": trial.left} for trial in trials
+                ]
         return tuple(chosen), coefficients, tried
 
-    def _candidates(self, graph: ErrorGraph) -> list[list[Schedule]]:
+    def _candidates(self, graph: ErrorGraph, target: Target) -> list[list[Schedule]]:
         """Return, for each budget, the schedules to choose from: one of each path, LeMiCa's first."""
         given = self.parameters
         weights = graph.weights()
@@ -200,6 +238,7 @@ class LemicaPass(PipelinePass):
                     steps=graph.steps,
                     full=full,
                     reuse=given.reuse,
+                    mode=target.mode,
                     path=solver,
                     errors=path.segment_errors(full, weights),
                     origin=f"calibrated: {solver} path over {len(graph.errors[0])} samples",
@@ -230,7 +269,12 @@ class LemicaPass(PipelinePass):
         )
 
     def _record(
-        self, target: Target, samples: tuple[Sample, ...], tried: dict[str, Any], context: PipelineContext
+        self,
+        target: Target,
+        samples: tuple[Sample, ...],
+        by_mode: dict[Mode, float],
+        tried: dict[str, list[dict[str, Any]]],
+        context: PipelineContext,
     ) -> PassRecord:
         content = self.content
         shown = ", ".join(f"{item.name}: {item.budget} of {item.steps} steps in full" for item in content.schedules)
@@ -240,10 +284,16 @@ class LemicaPass(PipelinePass):
                 f"the graph cost {content.graph.equivalent_runs:.0f} full runs a sample; "
                 f"{len(content.graph.edges)} if each segment were run from the start"
             )
+        if by_mode:
+            errors = ", ".join(f"{_MODES[mode]} {error:.4g}" for mode, error in by_mode.items())
+            notes.append(
+                f"{_MODES[target.mode]} is reused: mean difference of the final latents to all steps on "
+                f"{self.parameters.fit_samples} calibration samples, even spacing: {errors}"
+            )
         for schedule in content.schedules:
-            paths = tried.get(schedule.name, {})
-            if len(paths) > 1:
-                shown_errors = ", ".join(f"{found} {item['error']:.4g}" for found, item in paths.items())
+            trials = tried.get(schedule.name, [])
+            if len(trials) > 1:
+                shown_errors = ", ".join(f"{trial['path']} {trial['error']:.4g}" for trial in trials)
                 notes.append(
                     f"schedule '{schedule.name}' takes the {schedule.path} path: mean difference of the final latents "
                     f"to all steps on {self.parameters.fit_samples} calibration samples: {shown_errors}"
@@ -257,6 +307,7 @@ class LemicaPass(PipelinePass):
             details={
                 "denoisers": list(target.denoisers),
                 "mode": target.mode,
+                "modes_tried": dict(by_mode),
                 "samples": len(samples),
                 "tried": tried,
             },

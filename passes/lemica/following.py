@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from passes.base import PassError
 from passes.lemica import reuse
-from passes.lemica.schedule import LemicaFile, Schedule
+from passes.lemica.schedule import LemicaFile, Mode, Schedule
 
 if TYPE_CHECKING:
     from passes.lemica.hook import Follower
@@ -49,7 +49,7 @@ def chosen(
                 f"the scheduler makes {schedule.steps} calls of {calibrated} steps, so that the schedule cannot be "
                 f"stretched; calibrate it for {steps}: --pass lemica:steps={steps}"
             )
-        return follower(interpolated(schedule, steps), None)
+        return follower(interpolated(schedule, steps, content.calibration.mode), None)
     return follower(schedule, coefficients)
 
 
@@ -62,8 +62,8 @@ def follower(schedule: Schedule, coefficients: reuse.Coefficients | None) -> Fol
     return Follower(schedule, combine=coefficients.combine, history=reuse.ANCHORS)
 
 
-def interpolated(schedule: Schedule, steps: int) -> Schedule:
-    """Return a schedule stretched to another number of steps; the last residual is reused, as nothing is fitted.
+def interpolated(schedule: Schedule, steps: int, mode: Mode) -> Schedule:
+    """Return a schedule stretched to another number of steps; the last full step is reused, as nothing is fitted.
 
     Raises
     ------
@@ -79,6 +79,7 @@ def interpolated(schedule: Schedule, steps: int) -> Schedule:
         steps=steps,
         full=full,
         reuse="last",
+        mode=mode,
         origin=f"interpolated from {schedule.steps} steps, not measured",
     )
 

@@ -44,8 +44,8 @@ class LemicaParameters(PassParameters):
     reuse: Literal["last", "linear", "fitted"] = Field(
         default="fitted",
         description=(
-            "What stands for the blocks at a skipped step: the residual of the last full step (LeMiCa), the line "
-            "through the last two, or a combination of them fitted on the calibration samples."
+            "What stands for a skipped step: what the last full step left (LeMiCa), the line through the last two, or "
+            "a combination of them fitted on the calibration samples."
         ),
     )
     path: Literal["measured", "minimax", "shortest-sum", "uniform", "greedy"] = Field(
@@ -56,7 +56,11 @@ class LemicaParameters(PassParameters):
         ),
     )
     mode: Literal["auto", "residual", "output"] = Field(
-        default="auto", description="Cache the residual of the block stack, or the denoiser's whole output."
+        default="auto",
+        description=(
+            "Reuse the residual of the block stack, or the denoiser's whole output; auto: whichever ends nearer to all "
+            "steps on the calibration samples, but with reuse=last the residual (LeMiCa), and for UNets the output."
+        ),
     )
     distance: Literal["latent", "decoded"] = Field(
         default="latent", description="Where errors are measured: the final latents, or decoded pictures."

@@ -1,9 +1,10 @@
-"""What stands for the blocks at a skipped step: combinations of the last full steps' residuals, fitted in closed form.
+"""What stands for a skipped step: combinations of what the last full steps left, fitted in closed form.
 
-LeMiCa reuses the last residual as it is. The schedule is known before the run, and so is, for each skipped step, how
-the residuals of its full steps relate to its own: :func:`fit` runs the schedule once over calibration samples, lets the
-blocks run at skipped steps too, and solves for the weights of the last three residuals, channel by channel, that come
-closest. The run then goes on with that combination, so that later weights are fitted to states as they will be.
+LeMiCa reuses the last residual of the blocks as it is. The schedule is known before the run, and so is, for each
+skipped step, how what its full steps left relates to its own: :class:`Fitting` runs the schedule once over calibration
+samples, lets the denoiser run at skipped steps too, and solves for the weights of the last three that come closest: of
+residuals channel by channel, of whole outputs one for all. The run then goes on with that combination, so that later
+weights are fitted to states as they will be.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from passes.base import PassError
 from passes.lemica.driving import Call, Residual
-from passes.lemica.schedule import COEFFICIENTS_FILE, Mode, Schedule
+from passes.lemica.schedule import COEFFICIENTS_FILE, Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,7 @@ def read(folder: Path, name: str) -> Coefficients:
 
 
 class Fitting:
-    """The driver that fits: follows a schedule over calibration samples, and looks at the blocks at skipped steps.
+    """The driver that fits: follows a schedule over calibration samples, and runs the denoiser at skipped steps too.
 
     Attributes
     ----------
@@ -119,9 +120,8 @@ class Fitting:
         By step and branch: share of the residual's power that the combination leaves.
     """
 
-    def __init__(self, schedule: Schedule, mode: Mode) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self.mode = mode
         self.weights: dict[tuple[int, int, str], torch.Tensor] = {}
         self.errors: dict[tuple[int, int], float] = {}
         self._kept: dict[int, list[Residual]] = {}
@@ -133,7 +133,7 @@ class Fitting:
         self._kept = {}
 
     def denoise(self, step: int, branch: int, call: Call) -> Any:
-        """Run the blocks; at a skipped step, fit to what they add and answer with the fit."""
+        """Run the denoiser; at a skipped step, fit to what it leaves and answer with the fit."""
         kept = self._kept.setdefault(branch, [])
         output, residual = call.full(keep=True)
         assert residual is not None
@@ -146,7 +146,7 @@ class Fitting:
             if target is None:
                 continue
             tensors = [getattr(item, part) for item in kept]
-            weights, error, power = fit(tensors, target, by_channel=self.mode == "residual")
+            weights, error, power = fit(tensors, target, by_channel=self.schedule.mode == "residual")
             self.weights[step, branch, part] = weights
             left, total = left + error, total + power
         self.errors[step, branch] = left / total if total else 0.0

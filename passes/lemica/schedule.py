@@ -20,8 +20,8 @@ COEFFICIENTS_FILE = "lemica.safetensors"
 FORMAT = "effcli.lemica/1"
 
 Reuse = Literal["last", "linear", "fitted"]
-"""What stands for the blocks at a skipped step: the last full step's residual, the line through the last two, or a
-combination of the last three that was fitted to the model's own residuals."""
+"""What stands for a skipped step: what the last full step left, the line through the last two, or a combination of the
+last three that was fitted to the model's own."""
 Mode = Literal["residual", "output"]
 """What is cached: the residual of the whole block stack, or the denoiser's whole output."""
 Distance = Literal["latent", "decoded"]
@@ -38,6 +38,7 @@ class Schedule(_Strict):
     steps: int = Field(ge=2, description="Calls of the scheduler in one run.")
     full: tuple[int, ...] = Field(description="Full steps, ascending; the first is 0.")
     reuse: Reuse = "last"
+    mode: Mode = Field(default="residual", description="What is reused.")
     path: str | None = Field(default=None, description="Solver that found it; null for a published schedule.")
     errors: tuple[float, ...] | None = Field(
         default=None, description="Error of each segment by itself, in order; null for a published schedule."
@@ -103,7 +104,7 @@ class Calibration(_Strict):
     denoiser: str = Field(description="Class of the denoiser.")
     scheduler: str = Field(description="Class of the scheduler.")
     scheduler_config: dict[str, Any] = Field(description="Its configuration, without what names files and versions.")
-    mode: Mode = "residual"
+    mode: Mode = Field(default="residual", description="What the segments of the graph reuse.")
     inference_steps: int = Field(description="As the pipeline's call is given them; a scheduler may make more of them.")
     inputs: tuple[str, ...] = Field(default=(), description="Prompts or classes.")
     seeds: tuple[int, ...] = ()

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from passes.lemica import hook, inputs, reuse
+from passes.lemica import hook, inputs, path, reuse
 from passes.lemica.following import follower
 from passes.lemica.inputs import Sample
-from passes.lemica.schedule import Schedule
-from passes.lemica.targets import Target
+from passes.lemica.schedule import Mode, Reuse, Schedule
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Trial:
     coefficients : Coefficients or None
         What was fitted in that run; None where nothing is to be.
     left : float or None
-        Share of the power of skipped residuals that the combinations leave, the mean over skipped steps.
+        Share of the power of what is skipped that the combinations leave, the mean over skipped steps.
     """
 
     schedule: Schedule
@@ -40,7 +39,6 @@ class Trial:
 
 def tried_on(
     pipeline: Any,
-    target: Target,
     samples: Sequence[Sample],
     schedule: Schedule,
     aim: torch.Tensor | None = None,
@@ -53,7 +51,6 @@ def tried_on(
     Parameters
     ----------
     pipeline : diffusers.DiffusionPipeline
-    target : Target
     samples : sequence of Sample
     schedule : Schedule
     aim : torch.Tensor, optional
@@ -62,8 +59,8 @@ def tried_on(
     arguments : dict
         Of the pipeline's call.
     """
-    fitting = reuse.Fitting(schedule, target.mode) if schedule.reuse == "fitted" else None
-    with hook.attach(pipeline, fitting or follower(schedule, None), mode=target.mode):
+    fitting = reuse.Fitting(schedule) if schedule.reuse == "fitted" else None
+    with hook.attach(pipeline, fitting or follower(schedule, None), mode=schedule.mode):
         latents = inputs.generate(pipeline, samples, steps=steps, arguments=arguments)
     error = None if aim is None else _apart(latents, aim)
     if fitting is None:
@@ -71,6 +68,36 @@ def tried_on(
     errors = list(fitting.errors.values())
     left = sum(errors) / len(errors) if errors else 0.0
     return Trial(schedule, error, reuse.Coefficients(dict(fitting.weights)), left)
+
+
+def modes_tried(
+    pipeline: Any,
+    samples: Sequence[Sample],
+    budget: int,
+    how: Reuse,
+    aim: torch.Tensor,
+    *,
+    steps: int,
+    arguments: dict[str, Any],
+) -> tuple[Trial, ...]:
+    """Try what may be reused, the whole output and the residual of the blocks, with ``budget`` even full steps.
+
+    Parameters are those of :func:`tried_on`; ``aim`` must be of the pipeline's last run, whose scheduler steps count.
+    """
+    calls = len(pipeline.scheduler.timesteps)
+    full = path.uniform(calls, {}, budget)
+    modes: tuple[Mode, ...] = ("output", "residual")
+    return tuple(
+        tried_on(
+            pipeline,
+            samples,
+            Schedule(name=mode, steps=calls, full=full, reuse=how, mode=mode),
+            aim,
+            steps=steps,
+            arguments=arguments,
+        )
+        for mode in modes
+    )
 
 
 def nearest(trials: Sequence[Trial]) -> Trial:

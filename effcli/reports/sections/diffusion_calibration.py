@@ -9,7 +9,7 @@ from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports.blocks import Facts, Report, Section, items
 from effcli.reports.changes import mapping
-from effcli.reports.pipeline_reading import REUSES, ErrorMap, short_label
+from effcli.reports.pipeline_reading import ErrorMap, mode_of, reuse_text, short_label
 from effcli.reports.sections.generic import named, shown_value
 
 MOST_INPUTS = 8
@@ -28,7 +28,7 @@ def section(report: Report, errors: ErrorMap | None) -> Section:
         ("scheduler", named(found.get("scheduler"))),
         ("steps", shown_value(report.get("steps"))),
         *((printable(key), shown_value(value)) for key, value in mapping(found.get("arguments")).items()),
-        *(_of_map(errors) if errors is not None else []),
+        *(_of_map(errors, mode_of(report)) if errors is not None else []),
         ("versions", _pairs(found.get("versions"))),
     ]
     shown = tuple((name, value) for name, value in pairs if value not in (fmt.MISSING, ""))
@@ -48,11 +48,11 @@ def cost(errors: ErrorMap) -> str:
     )
 
 
-def _of_map(errors: ErrorMap) -> list[tuple[str, str]]:
+def _of_map(errors: ErrorMap, mode: str) -> list[tuple[str, str]]:
     return [
         ("largest gap", f"{errors.max_gap} steps"),
         ("distance", f"{errors.unit} of the final result"),
-        ("reuse while calibrating", REUSES.get(errors.reuse, errors.reuse)),
+        ("reuse while calibrating", reuse_text(errors.reuse, mode)),
         (
             "denoiser calls",
             f"{fmt.integer(errors.forwards)} in full, for one sample" if errors.forwards else fmt.MISSING,

@@ -9,16 +9,17 @@ from effcli.formatting import printable
 from effcli.reports.blocks import Block, Chart, Report, Section, Table, columns, unique
 from effcli.reports.changes import mapping, number
 from effcli.reports.pipeline_reading import (
-    REUSES,
     ErrorMap,
     Result,
     Row,
     frames,
     interval_text,
     mean_text,
+    mode_of,
     other_passes,
     ranges,
     results,
+    reuse_text,
     rows,
     spread,
     whole,
@@ -57,9 +58,10 @@ def section(report: Report, errors: ErrorMap | None) -> Section:
 
 
 def _reuse(result: Result) -> str:
-    between = REUSES.get(result.reuse, result.reuse)
+    between = reuse_text(result.reuse, result.mode)
     origin = f" ({result.origin})" if result.origin else ""
-    return f"; between them {between} stands for the blocks{origin}"
+    what = "the blocks" if result.mode == "residual" else "the denoiser"
+    return f"; between them {between} stands for {what}{origin}"
 
 
 def _times(report: Report, found: Sequence[Result]) -> Table:
@@ -127,7 +129,7 @@ def _likeness(report: Report, found: Sequence[Result], errors: ErrorMap | None) 
 def _worst_note(errors: ErrorMap, found: Sequence[Result]) -> str:
     note = "worst segment: the largest error on the schedule's path through the error map"
     if any(result.reuse != errors.reuse for result in found):
-        note += f", which was measured with {REUSES.get(errors.reuse, errors.reuse)}"
+        note += f", which was measured with {reuse_text(errors.reuse, found[0].mode)}"
     return f"{note}."
 
 
@@ -162,7 +164,8 @@ def comparison_section(report: Report, errors: ErrorMap | None) -> Section:
     budgets = list(dict.fromkeys(row.budget for row in found))
     lead = ["Each way gets the same number of full denoiser calls, as far as it can be set, and the same samples."]
     if any(row.method in ("uniform", "greedy", "shortest-sum") for row in found):
-        lead.append("Uniform spacing, greedy threshold and shortest sum reuse the last full step's residual.")
+        reused = reuse_text("last", mode_of(report))
+        lead.append(f"Uniform spacing, greedy threshold and shortest sum reuse {reused}.")
     told = set(lpips_notes([mapping(result.data.get("likeness")) for result in results(report)]))
     blocks: list[Block] = []
     for budget in budgets:

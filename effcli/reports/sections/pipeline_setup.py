@@ -6,13 +6,9 @@ from effcli import formatting as fmt
 from effcli.formatting import printable
 from effcli.reports.blocks import Facts, Report, Section, Table, columns, items, texts
 from effcli.reports.changes import mapping, number
+from effcli.reports.pipeline_reading import MODES, mode_of
 from effcli.reports.sections.generic import named, shown_value
 from effcli.reports.sections.setup import SHOWN_DIGITS
-
-MODES = {
-    "residual": "the residual of the whole block stack",
-    "output": "the denoiser's whole output",
-}
 
 
 def components(report: Report) -> list[Report]:
@@ -42,13 +38,13 @@ def section(report: Report) -> Section:
     info = mapping(report.get("pipeline"))
     digest = info.get("fingerprint")
     blocks = number(info.get("blocks"))
-    stack = f" of {fmt.integer(blocks)} blocks" if blocks is not None and info.get("mode") == "residual" else ""
-    mode = MODES.get(str(info.get("mode")), named(info.get("mode")))
+    mode = mode_of(report)
+    stack = f" of {fmt.integer(blocks)} blocks" if blocks is not None and mode == "residual" else ""
     pairs = [
         ("source", f"{named(info.get('source'))} ({named(info.get('kind'))})" if info.get("source") else ""),
         ("pipeline", printable(info.get("architecture") or "")),
         ("denoiser", printable(info.get("denoiser_architecture") or info.get("denoiser") or "")),
-        ("what is reused", f"{mode}{stack}" if info.get("mode") else ""),
+        ("what is reused", f"{MODES[mode]}{stack}" if info.get("mode") else ""),
         ("scheduler", printable(info.get("scheduler") or "")),
         ("dtype", printable(info.get("dtype") or "")),
         ("revision", printable(info.get("revision") or "")),

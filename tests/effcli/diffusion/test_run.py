@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -59,7 +60,7 @@ def test_report_holds_what_was_asked_for(made):
         (method, budget)
         for budget in (5, 3)
         for method in (
-            *("fitted", "linear", "lemica", "uniform", "greedy", "shortest-sum"),
+            *("fitted", "fitted-output", "linear", "lemica", "uniform", "greedy", "shortest-sum"),
             *("mag-cache", "first-block-cache"),
         )
     }
@@ -73,7 +74,7 @@ def test_report_holds_what_was_asked_for(made):
 
 
 def test_the_path_that_ends_nearest_to_all_steps_is_taken(made, source):
-    from passes.lemica import LemicaParameters, LemicaPass, hook, inputs, targets
+    from passes.lemica import LemicaParameters, LemicaPass, hook, inputs
     from passes.lemica.following import chosen
     from passes.lemica.schedule import read
 
@@ -86,16 +87,62 @@ def test_the_path_that_ends_nearest_to_all_steps_is_taken(made, source):
     content = read(made)
     several = 0
     for schedule in content.schedules:
-        errors = {name: item["error"] for name, item in record["details"]["tried"][schedule.name].items()}
+        errors = {item["path"]: item["error"] for item in record["details"]["tried"][schedule.name]}
         assert schedule.path in errors
         if len(errors) == 1:  # all rules agree
             continue
         several += 1
         assert min(errors, key=errors.get) == schedule.path
-        with hook.attach(pipeline, chosen(content, made, schedule.name), mode=targets.find(pipeline).mode):
+        with hook.attach(pipeline, chosen(content, made, schedule.name), mode=schedule.mode):
             followed = inputs.generate(pipeline, samples, steps=8, arguments={})
         assert float((followed - reference).abs().mean()) == pytest.approx(errors[schedule.path], rel=1e-4)
     assert several
+
+
+def test_what_is_reused_is_what_ends_nearer_to_all_steps(made, source):
+    from passes.lemica import LemicaParameters, LemicaPass, hook, inputs, path, reuse
+    from passes.lemica.schedule import Schedule
+
+    report = json.loads((made / "report.json").read_text())
+    (record,) = report["passes"]
+    pipeline = tiny_pipelines.quiet(type(tiny_pipelines.dit()).from_pretrained(source, local_files_only=True))
+    samples = LemicaPass(LemicaParameters()).calibration_samples(pipeline, record["seed"], 16)
+    reference = inputs.generate(pipeline, samples, steps=8, arguments={})
+    errors = {}
+    for mode in ("residual", "output"):
+        schedule = Schedule(name=mode, steps=8, full=path.uniform(8, {}, 3), reuse="fitted", mode=mode)
+        with hook.attach(pipeline, reuse.Fitting(schedule), mode=mode):
+            followed = inputs.generate(pipeline, samples, steps=8, arguments={})
+        errors[mode] = float((followed - reference).abs().mean())
+    found = record["details"]
+    assert found["modes_tried"] == pytest.approx(errors, rel=1e-4)
+    assert found["mode"] == min(errors, key=errors.get) == report["lemica"]["calibration"]["mode"]
+    assert {item["mode"] for item in report["schedules"]} == {found["mode"]}
+
+
+@pytest.mark.parametrize(
+    ("step", "kept", "mode"),
+    [
+        ("budget=4", {"output": 0.1, "residual": 0.2}, "output"),  # as an interrupted run has found it
+        ("budget=4,reuse=linear", {"output": 0.2, "residual": 0.1}, "residual"),
+        ("budget=4,mode=output", None, "output"),
+        ("budget=4,reuse=last", None, "residual"),
+    ],
+)
+def test_what_is_reused_is_kept_for_a_resumed_run_and_can_be_asked_for(source, tmp_path, step, kept, mode):
+    from passes.base import PipelineContext
+    from passes.lemica import LemicaPass
+
+    if kept is not None:
+        (tmp_path / "modes.json").write_text(json.dumps(kept))
+    given = dict(item.split("=") for item in f"{step},steps=8,max_gap=4,samples=1,fit_samples=2".split(","))
+    item = LemicaPass.from_mapping(given)
+    pipeline = tiny_pipelines.quiet(type(tiny_pipelines.dit()).from_pretrained(source, local_files_only=True))
+    record = item.apply_pipeline(pipeline, PipelineContext(torch.device("cpu"), tmp_path))
+    assert record.details["mode"] == item.content.calibration.mode == item.content.schedule().mode == mode
+    assert record.details["modes_tried"] == (kept or {})
+    for coefficients in item.coefficients.values():
+        assert {weights.shape[1] for weights in coefficients.weights.values()} == {1 if mode == "output" else 32}
 
 
 @pytest.mark.parametrize(
@@ -110,8 +157,9 @@ def test_paths_that_are_tried(source, tmp_path, step, paths):
     out = tmp_path / "out"
     effcli.optimize(str(source), from_options([f"lemica:{step},{STEPS}"]), out)
     report = json.loads((out / "report.json").read_text())
-    (tried,) = report["passes"][0]["details"]["tried"].values()
-    assert set(tried) <= paths and (len(paths) == 1 or len(tried) > 1)
+    (trials,) = report["passes"][0]["details"]["tried"].values()
+    tried = {trial["path"] for trial in trials}
+    assert tried <= paths and (len(paths) == 1 or len(tried) > 1)
     (schedule,) = report["lemica"]["schedules"]
     assert schedule["path"] in tried
     rows = [row for row in report["comparison"] if row["chosen"]]
@@ -173,6 +221,22 @@ def test_stretching_is_done_on_request_and_says_so(made):
     assert schedule.reuse == "last" and "not measured" in schedule.origin
     _run(pipeline, steps=15)
     assert pipeline.effcli_schedule.follower.full_calls == len(schedule.full)
+
+
+def test_whole_output_is_followed_stretched_and_compared_with_the_residual(source, tmp_path):
+    out = tmp_path / "out"
+    report = effcli.optimize(str(source), from_options([f"lemica:budget=4,mode=output,{STEPS}"]), out)
+    assert {row.method for row in report.comparison} >= {"fitted", "fitted-residual"}
+    pipeline = effcli.load_pipeline(out)
+    entered = []
+    pipeline.transformer.pos_embed.register_forward_pre_hook(lambda *_: entered.append(1))
+    _run(pipeline)
+    assert len(entered) == pipeline.effcli_schedule.follower.full_calls == 4  # embedders rest as well
+    stretched = effcli.load_pipeline(out, steps=15, interpolate=True)
+    assert stretched.effcli_schedule.schedule.mode == "output"
+    _run(stretched, steps=15)
+    page = html.unescape((out / "report.html").read_text())
+    assert "fitted reuse of the blocks' residual" in page and "full steps' outputs stands for the denoiser" in page
 
 
 def test_reference_leaves_weights_where_they_are(source, tmp_path):

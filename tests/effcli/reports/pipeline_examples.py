@@ -120,6 +120,7 @@ def schedule_result(budget: int, *, reached: float = 0.96) -> ScheduleResult:
         steps=STEPS,
         full=PATHS[budget],
         reuse="fitted",
+        mode="residual",
         origin="calibrated",
         full_calls=float(budget),
         calls=float(STEPS),

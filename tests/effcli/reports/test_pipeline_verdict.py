@@ -56,6 +56,8 @@ def test_a_denoiser_that_reaches_what_heads_leave_is_not_held_against_it() -> No
     data["denoising"]["blocks_share"] = 0.8
     text = " ".join(optimize_verdict(data))
     assert "2.62× where 2.94× is allowed (all that embedders and heads leave, which run at every step)" in text
+    data["schedules"][0]["mode"] = "output"  # heads do not run
+    assert "2.62× where 2.94× is allowed." in " ".join(optimize_verdict(data))
 
 
 def test_other_passes_share_in_the_gain() -> None:

@@ -137,25 +137,27 @@ def test_reuse_equals_caching_each_block_by_hand_and_leaves_no_trace(built: Buil
     assert torch.equal(tiny.run(STEPS), plain)
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_a_unet_repeats_its_last_full_output(built: Built, name: str) -> None:
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *UNETS])
+def test_whole_outputs_are_repeated(built: Built, name: str) -> None:
     tiny, plain = built.get(name)
     reference = copy.deepcopy(tiny)
-    forward, outputs = reference.pipeline.unet.forward, []
+    denoiser = getattr(reference.pipeline, "transformer", None) or reference.pipeline.unet
+    forward, outputs = denoiser.forward, []
 
     def repeated(*args: Any, **kwargs: Any) -> Any:
-        step = len(outputs)
-        outputs.append(forward(*args, **kwargs) if step in FULL else outputs[-1])
-        return outputs[-1]
+        full = len(outputs) // tiny.branches in FULL
+        # Pipelines may change what they are given.
+        outputs.append(copy.deepcopy(forward(*args, **kwargs) if full else outputs[-tiny.branches]))
+        return copy.deepcopy(outputs[-1])
 
-    reference.pipeline.unet.forward = repeated
+    denoiser.forward = repeated
     follower = Follower(schedule())
     before = traces(tiny)
-    with attach(tiny.pipeline, follower):
+    with attach(tiny.pipeline, follower, mode="output"):
         got = tiny.run(STEPS)
     assert torch.equal(got, reference.run(STEPS))
     assert not torch.equal(got, plain)
-    assert (follower.calls, follower.full_calls) == (STEPS, len(FULL))
+    assert (follower.calls, follower.full_calls) == (STEPS * tiny.branches, len(FULL) * tiny.branches)
     assert traces(tiny) == before
     assert torch.equal(tiny.run(STEPS), plain)
 

@@ -81,7 +81,7 @@ def test_fitting_follows_the_schedule_and_answers_skipped_steps_with_the_fit():
     first, second = _residuals(2, 2, 30, 4)
     steps = [first, second, 2 * second - first, 3 * second - 2 * first, second]
     schedule = Schedule(name="fast", steps=5, full=(0, 1, 4), reuse="fitted")
-    fitting = reuse.Fitting(schedule, "residual")
+    fitting = reuse.Fitting(schedule)
     fitting.begin(5)
     calls = [_Call(Residual(item, item + 1)) for item in steps]
     outputs = [fitting.denoise(step, 0, call) for step, call in enumerate(calls)]
@@ -97,7 +97,7 @@ def test_fitting_follows_the_schedule_and_answers_skipped_steps_with_the_fit():
 
 def test_branches_are_fitted_apart():
     schedule = Schedule(name="fast", steps=3, full=(0, 2), reuse="fitted")
-    fitting = reuse.Fitting(schedule, "residual")
+    fitting = reuse.Fitting(schedule)
     fitting.begin(3)
     (base,) = _residuals(1, 1, 40, 2)
     for step, factors in enumerate(((1, 1), (2, 3), (1, 1))):
@@ -134,6 +134,6 @@ def test_missing_and_damaged_files_are_refused_in_one_line(tmp_path):
 
 
 def test_other_number_of_steps_is_refused():
-    fitting = reuse.Fitting(Schedule(name="fast", steps=3, full=(0, 2), reuse="fitted"), "residual")
+    fitting = reuse.Fitting(Schedule(name="fast", steps=3, full=(0, 2), reuse="fitted"))
     with pytest.raises(PassError, match="3 steps and the pipeline runs 5"):
         fitting.begin(5)
