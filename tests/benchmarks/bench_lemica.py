@@ -1,4 +1,4 @@
-"""Schedules of ``dit-tiny`` at 25, 17 and 10 of 50 steps: likeness by path, reuse and calibration samples; time.
+"""Schedules of ``dit-tiny`` at 25, 17 and 10 of 50 steps: likeness by what is reused, path and samples; time.
 
 ``--time`` measures times alone, which depend on how many steps are full and not on which: with uniform spacing.
 """
@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from effcli.diffusion.opening import open_pipeline
 from effcli.diffusion.timing import timed_run
 from passes.lemica import graph, inputs, path, peers, targets
 from passes.lemica.following import follower
-from passes.lemica.schedule import Reuse, Schedule
-from passes.lemica.trying import Trial, nearest, tried_on
+from passes.lemica.hook import Follower
+from passes.lemica.schedule import ErrorGraph, Mode, Schedule
+from passes.lemica.trying import Trial, modes_tried, nearest, tried_on
 from profilers.image_quality import psnr, spread
 
 STEPS, MAX_GAP, BUDGETS = 50, 8, (25, 17, 10)
 ERROR_SAMPLES, FIT_SAMPLES, HELD_OUT = 8, 16, 32
+MODES: tuple[Mode, ...] = ("output", "residual")
 COUNTS = (1, 5, 20)
 """Calibration samples that are compared."""
 BATCHES = ((1, 15), (16, 7), (32, 7))
@@ -45,33 +48,30 @@ def main() -> int:
     parser.add_argument("--time", action="store_true", help="times alone")
     only_time = parser.parse_args().time
     pipeline = open_pipeline("dit-tiny", device="cpu").pipeline
-    target = targets.find(pipeline)
     known = inputs.calibration_samples(pipeline, max(*COUNTS, FIT_SAMPLES))
-    bench = Bench(pipeline, target, inputs.held_out_samples(pipeline, known, HELD_OUT), STEPS, {})
+    bench = Bench(pipeline, targets.find(pipeline), inputs.held_out_samples(pipeline, known, HELD_OUT), STEPS, {})
+    call: dict[str, Any] = {"steps": STEPS, "arguments": {}}
 
-    def tried(name: str, full: tuple[int, ...], fit_samples: int, aim: torch.Tensor | None = None) -> Trial:
-        schedule = Schedule(name=name, steps=STEPS, full=full, reuse="fitted")
-        return tried_on(pipeline, target, known[:fit_samples], schedule, aim, steps=STEPS, arguments={})
+    def tried(schedule: Schedule, fit_samples: int = FIT_SAMPLES, aim: torch.Tensor | None = None) -> Trial:
+        return tried_on(pipeline, known[:fit_samples], schedule, aim, **call)
 
-    def follow(full: tuple[int, ...], reuse: Reuse, fit_samples: int = FIT_SAMPLES) -> Any:
-        if reuse != "fitted":
-            return follower(Schedule(name="benchmark", steps=STEPS, full=full, reuse=reuse), None)
-        found = tried("benchmark", full, fit_samples)
-        return follower(found.schedule, found.coefficients)
+    def follow(schedule: Schedule, fit_samples: int = FIT_SAMPLES) -> Follower:
+        if schedule.reuse != "fitted":
+            return follower(schedule, None)
+        return follower(schedule, tried(schedule, fit_samples).coefficients)
 
     if only_time:
-        _time(bench, {budget: path.SOLVERS["uniform"](STEPS, {}, budget) for budget in BUDGETS}, follow)
+        for mode in MODES:
+            full = {budget: path.uniform(STEPS, {}, budget) for budget in BUDGETS}
+            _time(bench, {budget: _schedule(full[budget], "fitted", mode) for budget in BUDGETS}, follow)
         return 0
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as work:
-        errors = graph.build(pipeline, known, steps=STEPS, max_gap=MAX_GAP, arguments={}, work=Path(work))
-    emit(
-        case="graph",
-        samples=len(known),
-        seconds=time.perf_counter() - started,
-        forwards=errors.forwards,
-        noise=errors.noise,
-    )
+    graphs: dict[Mode, ErrorGraph] = {}
+    for mode in MODES:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as work:
+            graphs[mode] = graph.build(pipeline, known, max_gap=MAX_GAP, work=Path(work), mode=mode, **call)
+        seconds, found = time.perf_counter() - started, graphs[mode]
+        emit(case="graph", mode=mode, samples=len(known), seconds=seconds, forwards=found.forwards, noise=found.noise)
     reference = bench.run()
 
     def report(case: str, budget: int, outcome: Outcome, **more: Any) -> torch.Tensor:
@@ -89,31 +89,47 @@ def main() -> int:
         return psnr(outcome.pictures, reference.pictures)
 
     reached = True
-    weights = errors.weights(ERROR_SAMPLES)
-    aim = inputs.generate(pipeline, known[:FIT_SAMPLES], steps=STEPS, arguments={})
-    defaults: dict[int, tuple[int, ...]] = {}
+    aim = inputs.generate(pipeline, known[:FIT_SAMPLES], **call)
+    by_mode = modes_tried(pipeline, known[:FIT_SAMPLES], min(BUDGETS), "fitted", aim, **call)
+    best_mode = nearest(by_mode).schedule.mode
+    emit(
+        case="what is reused",
+        taken=best_mode,
+        calibration_latent_l1={item.schedule.mode: item.error for item in by_mode},
+    )
+    defaults: dict[int, Schedule] = {}
     for budget in BUDGETS:
-        trials = [tried(name, solve(STEPS, weights, budget), FIT_SAMPLES, aim) for name, solve in path.SOLVERS.items()]
-        taken = nearest(trials)
-        defaults[budget] = taken.schedule.full
-        errors_of = {trial.schedule.name: trial.error for trial in trials}
-        ours = bench.run(follower(taken.schedule, taken.coefficients))
-        best = report("default", budget, ours, path=taken.schedule.name, calibration_latent_l1=errors_of)
-        for trial in trials:
-            name, full = trial.schedule.name, trial.schedule.full
-            fitted = bench.run(follower(trial.schedule, trial.coefficients))
-            others = {reuse: bench.run(follow(full, reuse)) for reuse in ("last", "linear")} | {"fitted": fitted}
-            for reuse, outcome in others.items():
-                reached &= _gain(f"{name}, {reuse}", budget, best - report(f"{name}, {reuse}", budget, outcome))
+        best = torch.zeros(())
+        for mode in (best_mode, *(mode for mode in MODES if mode != best_mode)):
+            weights = graphs[mode].weights(ERROR_SAMPLES)
+            paths = {name: solve(STEPS, weights, budget) for name, solve in path.SOLVERS.items()}
+            trials = {name: tried(_schedule(full, "fitted", mode), aim=aim) for name, full in paths.items()}
+            if mode == best_mode:
+                taken = nearest(list(trials.values()))
+                name = next(name for name, trial in trials.items() if trial is taken)
+                errors = {name: trial.error for name, trial in trials.items()}
+                defaults[budget] = taken.schedule
+                ours = bench.run(follower(taken.schedule, taken.coefficients))
+                best = report("default", budget, ours, path=name, mode=mode, calibration_latent_l1=errors)
+            for name, trial in trials.items():
+                others = {reuse: follow(_schedule(paths[name], reuse, mode)) for reuse in ("last", "linear")}
+                others["fitted"] = follower(trial.schedule, trial.coefficients)
+                for reuse, driver in others.items():
+                    case = f"{mode}, {name}, {reuse}"
+                    reached &= _gain(case, budget, best - report(case, budget, bench.run(driver)))
         for name, outcome in _peers(bench, known[:ERROR_SAMPLES], budget):
             reached &= _gain(name, budget, best - report(name, budget, outcome, full_steps=outcome.full_calls))
         for count in COUNTS:
-            full = path.SOLVERS["minimax"](STEPS, errors.weights(count), budget)
+            full = path.SOLVERS["minimax"](STEPS, graphs[best_mode].weights(count), budget)
             for reuse in ("last", "fitted"):
-                outcome = bench.run(follow(full, reuse, count))
-                report(f"minimax, {reuse}, {count} samples", budget, outcome)
+                outcome = bench.run(follow(_schedule(full, reuse, best_mode), count))
+                report(f"{best_mode}, minimax, {reuse}, {count} samples", budget, outcome)
     _time(bench, defaults, follow)
     return 0 if reached else 1
+
+
+def _schedule(full: tuple[int, ...], reuse: Any, mode: Mode) -> Schedule:
+    return Schedule(name="benchmark", steps=STEPS, full=full, reuse=reuse, mode=mode)
 
 
 def _gain(name: str, budget: int, difference: torch.Tensor) -> bool:
@@ -150,13 +166,13 @@ def _peers(bench: Bench, known: tuple[inputs.Sample, ...], budget: int) -> list[
     return found
 
 
-def _time(bench: Bench, schedules: dict[int, tuple[int, ...]], follow: Any) -> None:
+def _time(bench: Bench, schedules: dict[int, Schedule], follow: Callable[[Schedule], Follower]) -> None:
     """Print times with and without each schedule, in turn."""
     device = torch.device("cpu")
     for batch, runs in BATCHES:
         timed = Bench(bench.pipeline, bench.target, bench.samples[:batch], STEPS, {})
-        for budget, full in schedules.items():
-            driver = follow(full, "fitted")
+        for budget, schedule in schedules.items():
+            driver = follow(schedule)
             before, after = [], []
             for _ in range(runs + 1):
                 before.append(timed_run(timed, None, device))
@@ -168,6 +184,7 @@ def _time(bench: Bench, schedules: dict[int, tuple[int, ...]], follow: Any) -> N
             )
             emit(
                 case="time",
+                mode=schedule.mode,
                 budget=budget,
                 pictures=batch,
                 run_speedup=whole,
