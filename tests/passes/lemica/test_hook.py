@@ -15,11 +15,12 @@ from passes.base import PassError
 from passes.lemica import targets
 from passes.lemica.driving import Call, Residual, output_tensor
 from passes.lemica.hook import Follower, Linear, attach
-from passes.lemica.schedule import Schedule
+from passes.lemica.schedule import Mode, Schedule
 from tests.passes.lemica import tiny_pipelines
 
 STEPS = 6
 FULL = (0, 2, 5)
+MODES: tuple[Mode, ...] = ("residual", "output")
 
 
 def schedule(full: tuple[int, ...] = FULL, steps: int = STEPS, reuse: str = "last") -> Schedule:
@@ -347,7 +348,8 @@ def test_an_interrupted_run_leaves_nothing_behind(pipeline: Any) -> None:
     assert torch.equal(run(pipeline), plain)
 
 
-def test_two_transformers_do_not_share_residuals() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_two_transformers_do_not_share_what_is_reused(mode: Mode) -> None:
     """Wan 2.2: the first step of the second transformer runs in full, whatever the schedule says."""
     tiny = tiny_pipelines.wan(two=True)
     driver = Everything()
@@ -364,7 +366,7 @@ def test_two_transformers_do_not_share_residuals() -> None:
     assert 0 < high < 2 * STEPS
     handle.remove()
     follower = Follower(schedule((0,)))
-    with attach(tiny.pipeline, follower):
+    with attach(tiny.pipeline, follower, mode=mode):
         assert not torch.equal(tiny.run(STEPS), plain)
     assert (follower.calls, follower.full_calls) == (2 * STEPS, 4)
     assert torch.equal(tiny.run(STEPS), plain)
@@ -420,20 +422,21 @@ def test_replaced_linear_layers(pipeline: Any) -> None:
     assert torch.equal(run(pipeline), plain)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("first", ["attach", "offload"])
-def test_accelerates_offloading(pipeline: Any, first: str) -> None:
+def test_accelerates_offloading(pipeline: Any, first: str, mode: Mode) -> None:
     """Offloading takes its hook off and puts it on again after each run; the schedule stays."""
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module
 
     transformer = pipeline.transformer
-    with attach(pipeline, Follower(schedule())):
+    with attach(pipeline, Follower(schedule()), mode=mode):
         expected = run(pipeline)
     plain = run(pipeline)
     if first == "offload":
         cpu_offload_with_hook(transformer, torch.device("cpu"))
     follower = Follower(schedule())
-    attached = attach(pipeline, follower)
+    attached = attach(pipeline, follower, mode=mode)
     for _ in range(2):
         remove_hook_from_module(transformer, recurse=True)
         cpu_offload_with_hook(transformer, torch.device("cpu"))
@@ -446,9 +449,10 @@ def test_accelerates_offloading(pipeline: Any, first: str) -> None:
     assert torch.equal(run(pipeline), plain)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("first", ["attach", "offload"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_group_offloading_and_casting_of_diffusers(pipeline: Any, first: str) -> None:
+def test_group_offloading_and_casting_of_diffusers(pipeline: Any, first: str, mode: Mode) -> None:
     from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 
     def offload() -> None:
@@ -461,9 +465,9 @@ def test_group_offloading_and_casting_of_diffusers(pipeline: Any, first: str) ->
     follower = Follower(schedule())
     if first == "offload":
         offload()
-        attached = attach(pipeline, follower)
+        attached = attach(pipeline, follower, mode=mode)
     else:
-        attached = attach(pipeline, follower)
+        attached = attach(pipeline, follower, mode=mode)
         offload()
     with_schedule = run(pipeline)
     assert (follower.calls, follower.full_calls) == (STEPS, len(FULL))
@@ -471,7 +475,7 @@ def test_group_offloading_and_casting_of_diffusers(pipeline: Any, first: str) ->
     plain = run(pipeline)
     assert not torch.equal(plain, with_schedule)
     again = Follower(schedule())
-    with attach(pipeline, again):
+    with attach(pipeline, again, mode=mode):
         assert torch.equal(run(pipeline), with_schedule)
 
 
@@ -485,9 +489,12 @@ def _compile(pipeline: Any, how: str, backend: Any, **options: Any) -> None:
         pipeline.transformer.compile_repeated_blocks(backend=backend, **options)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("first", ["compile", "attach"])
 @pytest.mark.parametrize("how", ["module", "wrapper", "blocks"])
-def test_compiled_gives_the_same_from_few_graphs(torch_compiler: None, pipeline: Any, how: str, first: str) -> None:
+def test_compiled_gives_the_same_from_few_graphs(
+    torch_compiler: None, pipeline: Any, how: str, first: str, mode: Mode
+) -> None:
     graphs = 0
 
     def backend(module: torch.fx.GraphModule, _: Any) -> Any:
@@ -496,16 +503,16 @@ def test_compiled_gives_the_same_from_few_graphs(torch_compiler: None, pipeline:
         return module.forward
 
     plain = run(pipeline)
-    with attach(pipeline, Follower(schedule())):
+    with attach(pipeline, Follower(schedule()), mode=mode):
         expected = run(pipeline)
     # A whole graph, but where the compiler is put around a schedule that is there already.
     options = {"fullgraph": (how, first) != ("wrapper", "attach")}
     follower = Follower(schedule())
     if first == "compile":
         _compile(pipeline, how, backend, **options)
-        attached = attach(pipeline, follower)
+        attached = attach(pipeline, follower, mode=mode)
     else:
-        attached = attach(pipeline, follower)
+        attached = attach(pipeline, follower, mode=mode)
         _compile(pipeline, how, backend, **options)
     torch.testing.assert_close(run(pipeline), expected)
     made = graphs
