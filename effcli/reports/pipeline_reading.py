@@ -245,9 +245,13 @@ def own_paths(report: Report) -> dict[int, str]:
 def _asked_path(report: Report) -> str:
     """Return how full steps were to be chosen, of reports whose schedules do not say how they were."""
     for record in items(report, "passes"):
-        found = mapping(mapping(record).get("parameters")).get("path")
-        if mapping(record).get("name") == "lemica" and isinstance(found, str):
-            return printable(found)
+        given = mapping(mapping(record).get("parameters"))
+        if mapping(record).get("name") != "lemica":
+            continue
+        if given.get("published") is not None:
+            return "published"
+        if isinstance(given.get("path"), str):
+            return printable(given["path"])
     return "minimax"
 
 

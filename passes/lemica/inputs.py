@@ -61,6 +61,10 @@ _OWN_ARGUMENTS = frozenset(
 )
 
 
+class RefusedCallError(PassError, ValueError):
+    """A pipeline does not take what it is called with; the message is the pipeline's."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One result that a pipeline is asked for.
@@ -226,7 +230,7 @@ def generate(
     Raises
     ------
     PassError
-        If the call does not take an argument, or needs one that is not given.
+        If the call does not take an argument, needs one that is not given, or refuses a value (RefusedCallError).
     """
     import torch
 
@@ -241,12 +245,16 @@ def generate(
             if "generator" in known:
                 asked["generator"] = generators if takes_batches(pipeline) else generators[0]
             torch.manual_seed(group[0].seed)
-            if output == "latent":
-                found.append(_final_latents(pipeline, len(group), asked))
-            else:
+            try:
+                if output == "latent":
+                    found.append(_final_latents(pipeline, len(group), asked))
+                    continue
                 result = pipeline(**asked, output_type=output)[0]
-                stacked = output == "pt" and isinstance(result, (list, tuple))
-                found.append(torch.stack(list(result)) if stacked else result)
+            except ValueError as error:  # diffusers checks sizes and the like in the call
+                name, given = type(pipeline).__name__, ", ".join(f"{key}={value}" for key, value in arguments.items())
+                raise RefusedCallError(f"{name} refuses the call with {given or 'its defaults'}: {error}") from error
+            stacked = output == "pt" and isinstance(result, (list, tuple))
+            found.append(torch.stack(list(result)) if stacked else result)
     if output == "pil":
         return [picture for part in found for picture in part]
     return found[0] if len(found) == 1 else torch.cat(found)

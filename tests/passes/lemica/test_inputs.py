@@ -21,7 +21,7 @@ from passes.lemica.inputs import (
     read_conditions,
     takes_batches,
 )
-from tests.passes.lemica.tiny_pipelines import dit
+from tests.passes.lemica.tiny_pipelines import dit, wan
 
 
 class Prompted:
@@ -209,6 +209,12 @@ def test_random_state_and_progress_bar_are_put_back() -> None:
 def test_arguments_that_the_call_does_not_take(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(PassError, match=message):
         generate(dit(layers=1), [Sample(1, 5)], steps=2, arguments=arguments)
+
+
+def test_values_that_the_call_refuses() -> None:
+    pipeline = wan().pipeline
+    with pytest.raises(PassError, match=r"WanPipeline refuses the call with height=36: .*divisible by 16"):
+        generate(pipeline, [Sample("a", 5)], steps=2, arguments={"height": 36})
 
 
 def test_arguments_that_the_call_needs() -> None:
