@@ -96,8 +96,12 @@ class LemicaPass(PipelinePass):
         else:
             samples = self.calibration_samples(pipeline, context.seed, given.samples)
             fitting = self.calibration_samples(pipeline, context.seed, given.fit_samples)
-            aim = inputs.generate(pipeline, fitting, steps=given.steps, arguments=given.arguments())
-            if given.mode == "auto" and given.reuse != "last" and target.mode == "residual":
+            several_modes = given.mode == "auto" and given.reuse != "last" and target.mode == "residual"
+            aim = None
+            if several_modes or (given.path == "measured" and given.max_error is None):
+                aim = inputs.generate(pipeline, fitting, steps=given.steps, arguments=given.arguments())
+            if several_modes:
+                assert aim is not None
                 by_mode = self._modes(pipeline, fitting, aim, context)
                 target = targets.find(pipeline, min(by_mode.items(), key=lambda found: found[1])[0])
             graph = self._graph(pipeline, target, samples, context)
@@ -183,7 +187,7 @@ class LemicaPass(PipelinePass):
         target: Target,
         graph: ErrorGraph,
         samples: tuple[Sample, ...],
-        aim: torch.Tensor,
+        aim: torch.Tensor | None,
         context: PipelineContext,
     ) -> tuple[tuple[Schedule, ...], dict[str, Coefficients], dict[str, list[dict[str, Any]]]]:
         """Return the schedules, what was fitted for each, and what each path that was tried came to."""
@@ -250,6 +254,7 @@ class LemicaPass(PipelinePass):
     def _published(self, pipeline: Any, target: Target) -> LemicaFile:
         assert self.parameters.published is not None
         schedule = _published(pipeline, self.parameters.published, self.parameters.steps)
+        schedule = schedule.model_copy(update={"mode": target.mode})
         return LemicaFile(
             schedules=(schedule,), default=schedule.name, calibration=self._calibration(pipeline, target, ())
         )

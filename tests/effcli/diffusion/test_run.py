@@ -326,10 +326,13 @@ def test_published_schedule_needs_no_calibration(tmp_path, source, monkeypatch):
     known = published.Published("DiTPipeline", "tiny", Schedule(name="tiny:3", steps=8, full=(0, 3, 7)))
     monkeypatch.setitem(published.PUBLISHED, "tiny:3", known)
     out = tmp_path / "out"
-    effcli.optimize(str(source), from_options(["lemica:published=tiny:3,steps=8,eval_samples=2,compare=false"]), out)
-    content = files.read(out)
-    assert content.graph is None and content.schedule().full == (0, 3, 7)
-    _run(effcli.load_pipeline(out))
+    for mode, taken in (("auto", "residual"), ("output", "output")):
+        step = f"lemica:published=tiny:3,steps=8,eval_samples=2,compare=false,mode={mode}"
+        effcli.optimize(str(source), from_options([step]), out, force=True)
+        content = files.read(out)
+        assert content.graph is None and content.schedule().full == (0, 3, 7)
+        assert content.schedule().mode == content.calibration.mode == taken
+        _run(effcli.load_pipeline(out))
 
 
 def test_dry_run_measures_and_writes_nothing(source, tmp_path):
