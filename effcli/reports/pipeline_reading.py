@@ -222,7 +222,8 @@ def mode_of(report: Report) -> str:
 
 def reuse_text(reuse: str, mode: str) -> str:
     """Say what stands for a skipped step."""
-    return _REUSES.get(reuse, reuse).format(mode=mode)
+    known = _REUSES.get(reuse)
+    return reuse if known is None else known.format(mode=mode)
 
 
 def other_passes(report: Report) -> tuple[str, ...]:

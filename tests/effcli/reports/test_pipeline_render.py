@@ -314,3 +314,5 @@ def test_a_path_that_was_asked_for_is_named(reports: dict[str, dict[str, Any]]) 
     assert "minimax, fitted" not in render(data, "markdown")
     data["passes"][0]["parameters"]["published"] = "wan2.1-t2v-1.3b:17"
     assert "published, fitted reuse (chosen)" in render(data, "markdown")
+    data["schedules"][0]["reuse"] = "{of another release}"
+    assert "between them {of another release} stands for" in render(data, "markdown")
