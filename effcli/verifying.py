@@ -90,7 +90,7 @@ def verify(folder: Path | str, *, expected: str | None = None) -> Verification:
     _check_provenance(folder, made, report)
     checks.append(f"report and {provenance.FILE} name the same source, recipe and passes")
     if report["schema"] == PIPELINE_OPTIMIZE_SCHEMA:
-        notes.append("a pipeline's tensors are not audited: the passes of this release change none of them on the disk")
+        notes.append("a pipeline's tensors are not audited: only that their files are as they were written")
         return Verification(str(folder), signed, tuple(checks), tuple(notes))
     _check_weights(folder, report)
     checks.append("the weights are those that the report measured")
