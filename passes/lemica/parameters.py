@@ -36,7 +36,7 @@ class LemicaParameters(PassParameters):
         default=2, ge=1, description="Samples that errors are measured on: prompts or classes, each with its own seed."
     )
     fit_samples: int = Field(
-        default=16, ge=1, description="Samples that fitted reuse is fitted on, those above first; one run a schedule."
+        default=8, ge=1, description="Samples that fitted reuse is fitted on, those above first; one run a schedule."
     )
     prompts: Path | None = Field(
         default=None, description="UTF-8 file with a prompt (or class) a line; default: a dozen neutral ones."

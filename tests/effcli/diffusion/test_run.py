@@ -106,7 +106,9 @@ def test_what_is_reused_is_what_ends_nearer_to_all_steps(made, source):
     report = json.loads((made / "report.json").read_text())
     (record,) = report["passes"]
     pipeline = tiny_pipelines.quiet(type(tiny_pipelines.dit()).from_pretrained(source, local_files_only=True))
-    samples = LemicaPass(LemicaParameters()).calibration_samples(pipeline, record["seed"], 16)
+    samples = LemicaPass(LemicaParameters()).calibration_samples(
+        pipeline, record["seed"], LemicaParameters().fit_samples
+    )
     reference = inputs.generate(pipeline, samples, steps=8, arguments={})
     errors = {}
     for mode in ("residual", "output"):
