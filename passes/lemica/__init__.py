@@ -12,6 +12,7 @@ See ``docs/passes/lemica.md``.
 from __future__ import annotations
 
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -328,8 +329,15 @@ def architecture(pipeline: Any, target: Target) -> str:
 
 
 def scheduler_config(pipeline: Any) -> dict[str, Any]:
-    """Return the configuration of a pipeline's scheduler, without what names files and versions."""
-    return {key: value for key, value in sorted(dict(pipeline.scheduler.config).items()) if key not in _UNNAMED}
+    """Return the configuration of a pipeline's scheduler, without what names files and versions.
+
+    What JSON has no number for (DPM-Solver's ``lambda_min_clipped`` is −∞) is text.
+    """
+    config = {key: value for key, value in sorted(dict(pipeline.scheduler.config).items()) if key not in _UNNAMED}
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in config.items()
+    }
 
 
 def _published(pipeline: Any, name: str, steps: int) -> Schedule:

@@ -216,6 +216,22 @@ def test_what_the_schedule_was_not_calibrated_for_is_refused(made):
         _run(effcli.load_pipeline(made), steps=12)
 
 
+def test_a_scheduler_with_infinite_settings_is_known_again(tmp_path):
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipeline = tiny_pipelines.dit()
+    pipeline.scheduler = DPMSolverMultistepScheduler()
+    assert pipeline.scheduler.config.lambda_min_clipped == -float("inf")
+    pipeline.save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    effcli.optimize(str(tmp_path / "source"), from_options([f"lemica:budget=4,compare=false,{STEPS}"]), out)
+    loaded = effcli.load_pipeline(out)
+    _run(loaded)
+    assert loaded.effcli_schedule.follower.full_calls == 4
+    with pytest.raises(PassError, match="scheduler's lambda_min_clipped is -5.1, and '-inf' in the calibration"):
+        effcli.load_pipeline(out, scheduler=DPMSolverMultistepScheduler(lambda_min_clipped=-5.1))
+
+
 def test_stretching_is_done_on_request_and_says_so(made):
     pipeline = effcli.load_pipeline(made, "fast", steps=15, interpolate=True)
     schedule = pipeline.effcli_schedule.schedule
