@@ -120,9 +120,11 @@ struct Codes {
 // What one thread works in: a block of decoded vectors and its codes.
 struct Workspace {
   Workspace(int64_t channels, int64_t widest)
-      : vectors(channels + 1), turned(channels), copy(kBlock * widest), codes(widest * kBlock) {}
+      : channels(channels), vectors(channels + 1), turned(channels), copy(kBlock * widest), codes(widest * kBlock) {}
+  const int64_t channels;
   std::vector<Column> vectors;  // [channels + 1]: the last is where missing second channels go
   std::vector<Column> turned;
+  Column added[2];  // residual centroids
   std::vector<uint8_t> copy;
   std::vector<uint8_t> codes;  // [codes][kBlock]
 };
@@ -183,7 +185,18 @@ inline void decode(const Side& side, const Codes& all, int64_t batch, int64_t he
   const uint8_t* table = side.table(head);
   const int32_t* entry = side.entry(head);
   for (int64_t i = 0; i < side.count(); i++, entry += 3, table += kEntry) {
-    look_up(table, work.codes.data() + entry[0] * kBlock, work.vectors[entry[1]], work.vectors[entry[2]]);
+    const uint8_t* own = work.codes.data() + entry[0] * kBlock;
+    if (entry[1] <= work.channels) {
+      look_up(table, own, work.vectors[entry[1]], work.vectors[entry[2]]);
+      continue;
+    }
+    look_up(table, own, work.added[0], work.added[1]);
+    for (int64_t which = 0; which < 2 && entry[1 + which] > work.channels; which++) {
+      Column& refined = work.vectors[entry[1 + which] - work.channels - 1];
+      for (int i = 0; i < kVectors; i++) {
+        refined.v[i] += work.added[which].v[i];
+      }
+    }
   }
   if (const float* gains = side.gains(head)) {
     const uint8_t* chosen = work.codes.data() + (width - 1) * kBlock;

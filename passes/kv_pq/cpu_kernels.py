@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from passes.base import PassError
+from passes.kv_pq import residual
 from passes.kv_pq.by_identity import by_identity
 from passes.kv_pq.codebooks import LayerCodebooks
 from passes.kv_pq.quantizer import CENTROIDS, VectorQuantizer
@@ -46,6 +47,7 @@ class Tables(NamedTuple):
         float32, lowest first. Elsewhere: shape (H, E, 256, 2), float32, two channels of one part together.
     entries : torch.Tensor
         Shape (H, E or D, 3), int32: the part of its head, its first channel's place, its second's (D if there is none).
+        Entries of residual parts come last; a place of theirs is D + 1 plus that of the channel they are added to.
     gains : torch.Tensor
         Shape (H, 256), or empty.
     mean : torch.Tensor
@@ -203,6 +205,8 @@ def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
         If the operator cannot be built.
     """
     _require()
+    if quantizer.residual_part is not None:
+        return residual.encode(x, quantizer, encode)
     codes = torch.ops.effcli_kv_pq.encode(x, *_encoder_tables(quantizer))
     assert torch.is_tensor(codes)
     return codes
@@ -292,12 +296,14 @@ def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
     place = order.argsort() if side.inverse is None else torch.arange(dim)
     planes = torch.ops.effcli_kv_pq.planes()
     width = 1 if planes else 2
-    per_head = []
+    per_head: list[list[tuple[int, list[int]]]] = []
+    refining: list[list[tuple[int, list[int]]]] = []
     for head, parts in enumerate(side.parts):
-        channels = [(side.part[head] == part).nonzero().flatten().tolist() for part in range(parts)]
-        found = [(part, of[i : i + width]) for part, of in enumerate(channels) for i in range(0, len(of), width)]
-        per_head.append(found)
-    count = max(map(len, per_head))
+        per_head.append(_entries(side.part[head], 0, width))
+        if side.residual_part is not None:
+            refining.append(_entries(side.residual_part[head], parts, width))
+    first_added = max(map(len, per_head))
+    count = first_added + max(map(len, refining), default=0)
     entries = torch.zeros(heads, count, 3, dtype=torch.int32)
     entries[..., 1:] = dim
     centroids = torch.zeros(heads, count, CENTROIDS, width)
@@ -306,12 +312,18 @@ def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
             entries[head, index, 0] = part
             entries[head, index, 1 : 1 + len(of)] = place[of].int()
             centroids[head, index, :, : len(of)] = side.centroids[head][:, of]
+    if side.residual_centroids is not None:
+        for head, found in enumerate(refining):
+            for index, (part, of) in enumerate(found, start=first_added):
+                entries[head, index, 0] = part
+                entries[head, index, 1 : 1 + len(of)] = dim + 1 + place[of].int()
+                centroids[head, index, :, : len(of)] = side.residual_centroids[head][:, of]
     none = torch.empty(0)
     mean = side.mean.float()[:, order]
     if rope is not None and side.gains is None and side.inverse is None:  # part of every centroid
         padded = torch.cat([mean, mean.new_zeros(heads, 1)], -1)
-        at = entries[..., 1 : 1 + width].long()
-        centroids += padded[torch.arange(heads)[:, None, None], at][:, :, None]
+        at = entries[:, :first_added, 1 : 1 + width].long()
+        centroids[:, :first_added] += padded[torch.arange(heads)[:, None, None], at][:, :, None]
         mean = none
     return Tables(
         _planes(centroids[..., 0], planes) if planes else centroids,
@@ -321,6 +333,12 @@ def _tables(side: VectorQuantizer, rope: Rope | None) -> Tables:
         none if side.inverse is None else side.inverse.float()[:, :, order].contiguous(),
         torch.tensor(side.offsets, dtype=torch.int32),
     )
+
+
+def _entries(part: torch.Tensor, first: int, width: int) -> list[tuple[int, list[int]]]:
+    """Return codes, numbered from ``first`` on, with at most ``width`` channels (D,) of their parts each."""
+    channels = [(part == index).nonzero().flatten().tolist() for index in range(int(part.max()) + 1)]
+    return [(first + index, of[i : i + width]) for index, of in enumerate(channels) for i in range(0, len(of), width)]
 
 
 def _planes(values: torch.Tensor, planes: int) -> torch.Tensor:

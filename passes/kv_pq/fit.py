@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from passes.base import PassError
-from passes.kv_pq import layout, targets
+from passes.kv_pq import layout, residual, targets
 from passes.kv_pq.codebooks import KINDS, Codebooks, LayerCodebooks
 from passes.kv_pq.collect import Side, collect
 from passes.kv_pq.kmeans import train_centroids
@@ -147,7 +147,7 @@ def train(
         "collect_seconds": collected - started,
         "train_seconds": time.perf_counter() - collected,
         "vectors": next(iter(samples.values()))["keys"].x.shape[1],
-        "parts": {kind: {str(layer): quantizers[layer, kind].parts for layer in found.layers} for kind in KINDS},
+        "parts": {kind: {str(layer): _parts_of(quantizers[layer, kind]) for layer in found.layers} for kind in KINDS},
         "distortion": distortion,
     }
     books = Codebooks(
@@ -209,7 +209,7 @@ def _prepare(side: Side, rope: Rope | None, parameters: KVPQParameters, budget: 
         sample_weight = size.square()
     z = y * weight.sqrt()[:, None]
     covariances = (z * sample_weight[..., None]).transpose(1, 2) @ z / count
-    uneven = [layout.Uneven(covariance, min(dim, 2 * budget)) for covariance in covariances]
+    uneven = [layout.Uneven(covariance, _most_parts(dim, budget)) for covariance in covariances]
     return _Prepared(y, sample_weight, weight, mean, gains, basis, covariances, uneven)
 
 
@@ -240,6 +240,11 @@ def _levels(size: torch.Tensor) -> torch.Tensor:
     return levels + steps  # strictly ascending where many are equal
 
 
+def _most_parts(dim: int, budget: int) -> int:
+    """Return the most parts of a head, residual ones included."""
+    return min(dim + dim // 2, 2 * budget)
+
+
 def _shared_out(
     prepared: Mapping[tuple[int, str], _Prepared], budget: int, parameters: KVPQParameters
 ) -> dict[tuple[int, str], list[int]]:
@@ -249,7 +254,7 @@ def _shared_out(
     if parameters.allocation == "even":
         return {key: [min(dim, budget - overhead)] * len(side.heads) for key, side in prepared.items()}
     least = math.ceil(dim / layout.MOST_CHANNELS)
-    most = min(dim, 2 * budget)
+    most = _most_parts(dim, budget)
     parts = {key: [least] * len(side.heads) for key, side in prepared.items()}
 
     def gain(key: tuple[int, str], head: int) -> tuple[float, tuple[int, str], int]:
@@ -277,13 +282,25 @@ def _trained(
     generator: torch.Generator,
 ) -> VectorQuantizer:
     turned = rope if kind == "keys" else None
-    part = torch.stack([_part(side, head, count, turned, parameters) for head, count in enumerate(parts)])
+    dim = side.y.shape[-1]
+    part = torch.stack([_part(side, head, min(dim, count), turned, parameters) for head, count in enumerate(parts)])
     centroids, _ = train_centroids(
         side.y, part, side.weight, side.sample_weight, iterations=parameters.iterations,
         generator=generator,
     )  # fmt: skip
     inverse = None if side.basis is None else side.basis.transpose(1, 2).contiguous()
-    return VectorQuantizer(centroids, part, side.weight, side.mean, side.gains, side.basis, inverse)
+    found = VectorQuantizer(centroids, part, side.weight, side.mean, side.gains, side.basis, inverse)
+    if max(parts) <= dim:
+        return found
+    refining = torch.stack([side.heads[head].residual_part(count) for head, count in enumerate(parts)])
+    return residual.refine(
+        found, refining, side.y, side.sample_weight, iterations=parameters.iterations, generator=generator
+    )
+
+
+def _parts_of(quantizer: VectorQuantizer) -> list[int]:
+    """Return the parts of each head, residual ones included."""
+    return [sum(of) for of in zip(quantizer.parts, quantizer.residual_parts, strict=True)]
 
 
 def _part(side: _Prepared, head: int, parts: int, rope: Rope | None, parameters: KVPQParameters) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from passes.base import PassError
+from passes.kv_pq import residual
 from passes.kv_pq.by_identity import by_identity
 from passes.kv_pq.codebooks import LayerCodebooks
 from passes.kv_pq.quantizer import VectorQuantizer, nearest
@@ -41,7 +42,8 @@ class _Tables(NamedTuple):
     ``key_table`` (H, 256, 2 HALF), ``value_table`` (H, 256, WIDTH); ``key_part``, ``value_part`` the code of each of
     these channels; ``order`` (2 HALF) the channel of a query, -1 for none; ``key_mean`` (H, 2 HALF), to be turned with
     keys, or None; ``inverse`` (H, D, D) of values; ``ropes`` rotations by their number of blocks;
-    ``key_gain_place``, ``value_gain_place`` (H,) the code of a head's gain.
+    ``key_gain_place``, ``value_gain_place`` (H,) the code of a head's gain; ``key_residual``, ``value_residual`` a
+    table and codes in the same order, whose centroids are added; a channel that has none reads zeros.
     """
 
     key_table: torch.Tensor
@@ -54,6 +56,8 @@ class _Tables(NamedTuple):
     ropes: dict[int, tuple[torch.Tensor, ...]]
     key_gain_place: torch.Tensor
     value_gain_place: torch.Tensor
+    key_residual: tuple[torch.Tensor, torch.Tensor] | None
+    value_residual: tuple[torch.Tensor, torch.Tensor] | None
 
 
 def available(device: torch.device) -> str | None:
@@ -168,6 +172,7 @@ def attend_all(
     attend_splits[splits, batch * heads, math.ceil(rows / block_rows)](
         query, asked, nothing if bias is None else bias, key_codes, value_codes,
         tables.key_table, tables.value_table, tables.key_part, tables.value_part,
+        *(tables.key_residual or (nothing,) * 2), *(tables.value_residual or (nothing,) * 2),
         tables.key_gain_place, tables.value_gain_place,
         nothing if layer.keys.gains is None else layer.keys.gains,
         nothing if layer.values.gains is None else layer.values.gains,
@@ -179,6 +184,7 @@ def attend_all(
         BLOCK_ROWS=block_rows, BLOCK=BLOCK, HALF=half, WIDTH=width, CODE_SPLITS=code_splits,
         EXACT_SPLITS=max(exact_splits, 1), HAS_ROPE=layer.rope is not None, HAS_BIAS=bias is not None,
         HAS_KEY_GAINS=layer.keys.gains is not None, HAS_VALUE_GAINS=layer.values.gains is not None,
+        HAS_KEY_RESIDUAL=tables.key_residual is not None, HAS_VALUE_RESIDUAL=tables.value_residual is not None,
         HAS_MEAN=tables.key_mean is not None, HAS_SOFTCAP=softcap is not None, HAS_VISIBLE=visible is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )  # fmt: skip
@@ -212,6 +218,8 @@ def encode(x: torch.Tensor, quantizer: VectorQuantizer) -> torch.Tensor:
     reason = available(x.device)
     if reason is not None:
         raise PassError(f"kv-pq's GPU kernels cannot be used: {reason}; use VectorQuantizer.encode instead")
+    if quantizer.residual_part is not None:
+        return residual.encode(x, quantizer, encode)
     from passes.kv_pq.triton_kernels import nearest_centroids
 
     batch, heads, length, dim = x.shape
@@ -313,7 +321,18 @@ def _make_tables(layer: LayerCodebooks, dtype: torch.dtype) -> _Tables:
         {},
         keys.gain_places.int(),
         values.gain_places.int(),
+        _residual(keys, order, dtype),
+        _residual(values, plain, dtype),
     )
+
+
+def _residual(
+    side: VectorQuantizer, order: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if side.residual_centroids is None:
+        return None
+    table = _in_order(side.residual_centroids, order).to(dtype).contiguous()
+    return table, _in_order(side.residual_places, order).int().contiguous()
 
 
 def _in_order(of: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,14 @@ Every code is one byte, so a part of n channels spends 8/n bits on each. For a p
 error of 256 centroids is about ``n · g(n) · det(S)^(1/n) · 2^(-16/n)`` (high-resolution theory: Zador 1982, Gersho
 1979, with g for Gaussian vectors), and never more than the trace of S. Channels are put in order of importance; cutting
 that order into M runs of least total error is a dynamic programme over (channels, parts), solved exactly.
+
+Once every channel is a part of its own, further codes are residual parts: they code again what those of the first
+channels in that order leave over, by the same programme, which may now leave channels out.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -40,11 +44,40 @@ class Uneven:
     """
 
     def __init__(self, covariance: torch.Tensor, most: int) -> None:
-        self._order, self._best, self._taken = _solved(covariance, most)
+        self._covariance, self._most = covariance, most
+        self._order, self._best, self._taken = _solved(covariance, min(most, covariance.shape[0]))
 
     def error(self, parts: int) -> float:
-        """Return the expected error with this number of parts, infinite if there are too few or too many."""
-        return self._best[-1][parts]
+        """Return the expected error with this number of parts, residual ones included; infinite if too few."""
+        dim = self._order.numel()
+        return self._best[-1][parts] if parts <= dim else self._refined[0][parts - dim]
+
+    @functools.cached_property
+    def _refined(self) -> tuple[list[float], list[int], list[list[int]]]:
+        """Return, by the number of residual parts, the least error and of how many channels; and the last parts."""
+        dim, most = self._order.numel(), self._most - self._order.numel()
+        alone = errors_of(self._covariance.diagonal().double()[self._order][:, None, None])
+        _, best, taken = _solved(alone.diag(), most)
+        rest = alone.sum() - torch.cat([alone.new_zeros(1), alone.cumsum(0)])
+        errors, ends = [], []
+        for parts in range(most + 1):
+            totals = torch.tensor([best[end][parts] for end in range(dim + 1)], dtype=alone.dtype) + rest
+            ends.append(int(totals.argmin()))
+            errors.append(float(totals.min()))
+        return errors, ends, taken
+
+    def residual_part(self, parts: int) -> torch.Tensor:
+        """Return the residual part of each channel with this number of parts in all, shape (D,); -1: none."""
+        dim = self._order.numel()
+        found = torch.full((dim,), -1, dtype=torch.int64)
+        if parts > dim:
+            _, ends, taken = self._refined
+            end = ends[parts - dim]
+            for index in range(parts - dim, 0, -1):
+                size = taken[end][index]
+                found[self._order[end - size : end]] = index - 1
+                end -= size
+        return found
 
     def part(self, parts: int) -> torch.Tensor:
         """Return the part of each channel, shape (D,)."""

@@ -190,7 +190,7 @@ def _step_times(parameters: KVPQParameters, profile: ModelProfile, found: Target
             query_heads=config.num_attention_heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            codes=min(parameters.codes(shape.head_dim), shape.head_dim + parameters.gains),
+            codes=parameters.codes(shape.head_dim),
             kept=parameters.kept,
             recent=parameters.recent,
             gains=parameters.gains,

@@ -9,6 +9,10 @@
 A part is any set of channels, so channels that matter more can be in smaller parts and get more bits: every code is one
 byte whatever its part's size. Heads that matter more can have more parts: the codes of a token lie side by side, head
 after head. Scores and outputs never need x̂ itself: a query is multiplied by ``inverse`` once, and so is an output.
+
+Where one code for each channel is not enough, some channels have a second one for what the first left over (residual
+quantization; Chen et al. 2010, "Approximate nearest neighbor search by residual vector quantization"): ŷ is then the
+sum of two centroids. A token's codes of one head are those of its parts, of its residual parts, and of its gain.
 """
 
 from __future__ import annotations
@@ -45,6 +49,10 @@ class VectorQuantizer:
         Shape (H, 256), float32, ascending and positive: what vectors are divided by; its code is the last one.
     basis, inverse : torch.Tensor or None
         Shape (H, D, D), float32: y = (x - mean) @ basis, and back.
+    residual_part : torch.Tensor or None
+        Shape (H, D), int64: the residual part of its head, from 0 on, that refines a channel; -1: none does.
+    residual_centroids : torch.Tensor or None
+        Shape (H, 256, D), float32: added to ``centroids``; 0 where nothing is refined.
     """
 
     centroids: torch.Tensor
@@ -54,6 +62,8 @@ class VectorQuantizer:
     gains: torch.Tensor | None = None
     basis: torch.Tensor | None = None
     inverse: torch.Tensor | None = None
+    residual_part: torch.Tensor | None = None
+    residual_centroids: torch.Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -71,17 +81,25 @@ class VectorQuantizer:
         return tuple(last + 1 for last in self.part.amax(1).tolist())
 
     @cached_property
+    def residual_parts(self) -> tuple[int, ...]:
+        """Residual parts of each head."""
+        if self.residual_part is None:
+            return (0,) * self.heads
+        return tuple(last + 1 for last in self.residual_part.amax(1).tolist())
+
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where the codes of each head begin among those of a token, and where the last head's end: H + 1 places.
 
         The code of a head's gain is its last one.
         """
         gain = int(self.gains is not None)
-        return tuple(itertools.accumulate((parts + gain for parts in self.parts), initial=0))
+        counts = (sum(of) + gain for of in zip(self.parts, self.residual_parts, strict=True))
+        return tuple(itertools.accumulate(counts, initial=0))
 
     @property
     def codes(self) -> int:
-        """Bytes that a token takes over all heads: one a part, and one for each gain."""
+        """Bytes that a token takes over all heads: one a part, one a residual part, and one for each gain."""
         return self.offsets[-1]
 
     @property
@@ -93,6 +111,14 @@ class VectorQuantizer:
     def places(self) -> torch.Tensor:
         """Which of a token's codes is that of a channel: shape (H, D), int64."""
         return self.part + self.part.new_tensor(self.offsets[:-1])[:, None]
+
+    @cached_property
+    def residual_places(self) -> torch.Tensor:
+        """Which of a token's codes refines a channel: shape (H, D), int64; one that does not where nothing does."""
+        if self.residual_part is None:
+            return self.places
+        begin = self.part.new_tensor(self.offsets[:-1]) + self.part.new_tensor(self.parts)
+        return (self.residual_part + begin[:, None]).where(self.residual_part >= 0, self.places)
 
     @cached_property
     def gain_places(self) -> torch.Tensor:
@@ -127,6 +153,10 @@ class VectorQuantizer:
         """
         import torch
 
+        if self.residual_part is not None:
+            from passes.kv_pq import residual
+
+            return residual.encode(x, self, lambda given, side: side.encode(given))
         batch, heads, length, dim = x.shape
         y = x.float() - self.mean[:, None, :]
         if self.basis is not None:
@@ -160,6 +190,8 @@ class VectorQuantizer:
         channel = torch.arange(self.head_dim, device=codes.device)
         head = torch.arange(self.heads, device=codes.device)[:, None]
         y = self.centroids[head[..., None], index, channel]
+        if self.residual_centroids is not None:
+            y = y + self.residual_centroids[head[..., None], codes[..., self.residual_places].transpose(1, 2), channel]
         if self.gains is not None:
             y = y * self.gains[head, codes[..., self.gain_places].transpose(1, 2)][..., None]
         return y

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CENTROIDS = 256
 KINDS = ("keys", "values")
 NEEDED = ("centroids", "part", "weight", "mean")
-OPTIONAL = ("gains", "basis", "inverse")
+OPTIONAL = ("gains", "basis", "inverse", "residual_part", "residual_centroids")
 INVERSE_TOLERANCE = 1e-2
 """Largest entry of basis x inverse - 1 that float32 explains."""
 
@@ -77,6 +77,8 @@ def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int
         "gains": (heads, CENTROIDS),
         "basis": (heads, size, size),
         "inverse": (heads, size, size),
+        "residual_part": (heads, size),
+        "residual_centroids": (heads, CENTROIDS, size),
     }
 
     def wrong(name: str, what: Any) -> PassError:
@@ -85,12 +87,13 @@ def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int
     for name in NEEDED:
         if name not in parts:
             raise wrong(name, "is missing")
-    if ("basis" in parts) != ("inverse" in parts):
-        raise wrong("inverse" if "basis" in parts else "basis", "is missing")
+    for one, other in (("basis", "inverse"), ("residual_part", "residual_centroids")):
+        if (one in parts) != (other in parts):
+            raise wrong(other if one in parts else one, "is missing")
     for name, tensor in parts.items():
         if name not in shapes:
             raise wrong(name, "is no part of a codebook")
-        kind = torch.int64 if name == "part" else torch.float32
+        kind = torch.int64 if name in ("part", "residual_part") else torch.float32
         if tensor.dtype != kind:
             raise wrong(name, f"is {tensor.dtype}, not {kind}")
         if tuple(tensor.shape) != shapes[name]:
@@ -100,6 +103,15 @@ def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int
     part = parts["part"]
     if not all(torch.equal(row.unique(), torch.arange(int(row.max()) + 1)) for row in part):
         raise wrong("part", "does not number the parts of every head from 0 on without a gap")
+    codes = int((part.amax(1) + 1).sum()) + heads * ("gains" in parts)
+    if "residual_part" in parts:
+        refining = parts["residual_part"]
+        if (
+            not all(torch.equal(row.unique(), torch.arange(int(row.min()), int(row.max()) + 1)) for row in refining)
+            or int(refining.min()) < -1
+        ):
+            raise wrong("residual_part", "does not number the residual parts of every head from 0 on without a gap")
+        codes += int((refining.amax(1) + 1).sum())
     if bool((parts["weight"] < 0).any()) or bool((parts["weight"].sum(1) <= 0).any()):
         raise wrong("weight", "has a negative entry, or a head of zeros")
     if "gains" in parts and not (bool((parts["gains"] > 0).all()) and bool((parts["gains"].diff(dim=1) >= 0).all())):
@@ -108,7 +120,7 @@ def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int
         error = (parts["basis"].double() @ parts["inverse"].double() - torch.eye(size)).abs().max().item()
         if not error <= INVERSE_TOLERANCE:
             raise wrong("inverse", f"is not the inverse of the basis (off by {error:.2g})")
-    return int((part.amax(1) + 1).sum()) + heads * ("gains" in parts)
+    return codes
 
 
 def _check_rope(file: str, name: str, frequencies: torch.Tensor, size: int) -> None:

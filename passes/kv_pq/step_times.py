@@ -154,11 +154,17 @@ def _coded_layer(shape: StepShape, config: PreTrainedConfig, keys: torch.Tensor,
 def _random_side(shape: StepShape, seed: int) -> VectorQuantizer:
     random = torch.Generator().manual_seed(seed)
     heads, size = shape.kv_heads, shape.head_dim
-    parts = shape.codes - shape.gains
+    parts = min(size, shape.codes - shape.gains)
+    given = {}
+    if residual := shape.codes - shape.gains - parts:  # two channels each
+        refined = (torch.arange(size) // 2).where(torch.arange(size) < 2 * residual, -1)
+        given["residual_part"] = refined.expand(heads, -1).contiguous()
+        given["residual_centroids"] = torch.randn(heads, CENTROIDS, size, generator=random) * (refined >= 0)
     return VectorQuantizer(
         centroids=torch.randn(heads, CENTROIDS, size, generator=random),
         part=(torch.arange(size) * parts // size).expand(heads, -1).contiguous(),
         weight=torch.ones(heads, size),
         mean=torch.zeros(heads, size),
         gains=torch.linspace(0.5, 2, CENTROIDS).expand(heads, -1).contiguous() if shape.gains else None,
+        **given,
     )

@@ -43,6 +43,7 @@ def _shaped(scores, seen, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[n
 @triton.jit  # type: ignore[untyped-decorator]
 def attend_splits(  # type: ignore[no-untyped-def]
     query, asked, bias, key_codes, value_codes, key_table, value_table, key_part, value_part,
+    key_residual_table, key_residual_part, value_residual_table, value_residual_part,
     key_gain_place, value_gain_place, key_gains, value_gains, key_mean, key_order,
     cos, sin, block_cos, block_sin, start, offset, exact_keys, exact_values, visible,
     sums_out, highest_out, total_out,
@@ -52,6 +53,7 @@ def attend_splits(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
     HALF: tl.constexpr, WIDTH: tl.constexpr, CODE_SPLITS: tl.constexpr, EXACT_SPLITS: tl.constexpr,
     HAS_ROPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_KEY_GAINS: tl.constexpr, HAS_VALUE_GAINS: tl.constexpr,
+    HAS_KEY_RESIDUAL: tl.constexpr, HAS_VALUE_RESIDUAL: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_VISIBLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend over one split; HALF and WIDTH are half of the channels and all of them, padded for tensor cores."""
@@ -81,6 +83,11 @@ def attend_splits(  # type: ignore[no-untyped-def]
         part_a = tl.load(key_part + head * 2 * HALF + half)
         part_b = tl.load(key_part + head * 2 * HALF + HALF + half)
         part_v = tl.load(value_part + head * WIDTH + channel)
+        if HAS_KEY_RESIDUAL:
+            refined_a = tl.load(key_residual_part + head * 2 * HALF + half)
+            refined_b = tl.load(key_residual_part + head * 2 * HALF + HALF + half)
+        if HAS_VALUE_RESIDUAL:
+            refined_v = tl.load(value_residual_part + head * WIDTH + channel)
         keys_at = key_codes + batch * key_batch
         values_at = value_codes + batch * value_batch
         key_gain, value_gain = tl.load(key_gain_place + head), tl.load(value_gain_place + head)
@@ -104,6 +111,12 @@ def attend_splits(  # type: ignore[no-untyped-def]
             table = key_table + head * 256 * 2 * HALF
             k_a = tl.load(table + code_a * (2 * HALF) + half[None, :])
             k_b = tl.load(table + code_b * (2 * HALF) + HALF + half[None, :])
+            if HAS_KEY_RESIDUAL:
+                code_a = tl.load(row + refined_a[None, :], seen[:, None], 0).to(tl.int32)
+                code_b = tl.load(row + refined_b[None, :], seen[:, None], 0).to(tl.int32)
+                table = key_residual_table + head * 256 * 2 * HALF
+                k_a += tl.load(table + code_a * (2 * HALF) + half[None, :])
+                k_b += tl.load(table + code_b * (2 * HALF) + HALF + half[None, :])
             if HAS_KEY_GAINS:
                 chosen = tl.load(keys_at + slots * key_slot + key_gain, seen, 0).to(tl.int32)
                 gains = tl.load(key_gains + head * 256 + chosen)
@@ -126,6 +139,9 @@ def attend_splits(  # type: ignore[no-untyped-def]
             row = values_at + slots[:, None] * value_slot
             code_v = tl.load(row + part_v[None, :], seen[:, None], 0).to(tl.int32)
             values = tl.load(value_table + head * 256 * WIDTH + code_v * WIDTH + channel[None, :])
+            if HAS_VALUE_RESIDUAL:
+                code_v = tl.load(row + refined_v[None, :], seen[:, None], 0).to(tl.int32)
+                values += tl.load(value_residual_table + head * 256 * WIDTH + code_v * WIDTH + channel[None, :])
             if HAS_VALUE_GAINS:
                 chosen = tl.load(values_at + slots * value_slot + value_gain, seen, 0).to(tl.int32)
                 gains = tl.load(value_gains + head * 256 + chosen)

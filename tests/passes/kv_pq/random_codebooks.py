@@ -16,11 +16,13 @@ def quantizer(
     *,
     gains: bool = False,
     basis: bool = False,
+    residual: int = 0,
     seed: int = 0,
     steps: int | None = 64,
 ) -> VectorQuantizer:
     """Return codebooks whose parts are random sets of channels, as uneven as chance makes them, fewer in later heads.
 
+    The first head has ``residual`` residual parts, which refine half of its channels, each later head one part less.
     Centroids and means are multiples of ``1 / steps``, so that tables of 16 significant bits hold them and their sums;
     None: any float32.
     """
@@ -46,6 +48,14 @@ def quantizer(
     if basis:
         given["basis"] = normal(heads, dim, dim) / dim**0.5 + torch.eye(dim)
         given["inverse"] = torch.linalg.inv(given["basis"].double()).float()
+    if residual:
+        refined = torch.full((heads, dim), -1)
+        for head in range(heads):
+            count = max(0, residual - head)
+            some = torch.randperm(dim, generator=generator)[: dim // 2 if count else 0]
+            refined[head, some] = torch.arange(len(some)) % max(1, count)
+        given["residual_part"] = refined
+        given["residual_centroids"] = stepped(normal(heads, CENTROIDS, dim) / 4) * (refined >= 0)[:, None]
     return VectorQuantizer(
         centroids=stepped(normal(heads, CENTROIDS, dim)),
         part=part,

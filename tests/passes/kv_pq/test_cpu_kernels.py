@@ -26,10 +26,10 @@ if shutil.which("g++") is None or not cpu_kernels._ninja_found():
 
 
 def layer_of(dim: int, *, heads: int = 2, gains: bool = False, rope: int | None = None, interleaved: bool = False,
-             key_basis: bool = False) -> LayerCodebooks:  # fmt: skip
+             key_basis: bool = False, residual: int = 0) -> LayerCodebooks:  # fmt: skip
     return LayerCodebooks(
-        made.quantizer(heads, dim, dim // 2, gains=gains, basis=key_basis, seed=1),
-        made.quantizer(heads, dim, dim // 2 + 3, gains=gains, basis=True, seed=2),
+        made.quantizer(heads, dim, dim // 2, gains=gains, basis=key_basis, residual=residual, seed=1),
+        made.quantizer(heads, dim, dim // 2 + 3, gains=gains, basis=True, residual=2 * residual, seed=2),
         None if rope is None else made.rope(rope, interleaved=interleaved),
     )
 
@@ -60,6 +60,16 @@ def compare(layer: LayerCodebooks, *, query_heads: int, length: int = 1, slots: 
 @pytest.mark.parametrize("dim", [64, 80])
 def test_attention_matches_float64(dim: int, rope: int | None, gains: bool) -> None:
     compare(layer_of(dim, gains=gains, rope=rope), query_heads=6, start=[4], stop=270)
+
+
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("rope", [None, 32])
+def test_residual_centroids_are_added(rope: int | None, gains: bool) -> None:
+    layer = layer_of(32, gains=gains, rope=rope, residual=2)
+    assert layer.keys.residual_parts == (2, 1)
+    compare(layer, query_heads=6, start=[4], stop=270)
+    one_side = dataclasses.replace(layer, values=layer_of(32).values)
+    compare(one_side, query_heads=2, start=[4])
 
 
 def test_rotation_that_pairs_neighbours() -> None:
@@ -178,6 +188,15 @@ def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
     assert codes.shape == (2, 75, side.codes) and codes.dtype == torch.uint8
     assert excess(x, side, codes) < near_tie()
     assert (codes == side.encode(x)).float().mean() > (0.98 if torch.ops.effcli_kv_pq.integers() else 0.999)
+
+
+def test_encoding_with_residual_parts() -> None:
+    side = made.quantizer(3, 32, 32, gains=True, basis=True, residual=2, steps=None)
+    assert side.residual_parts == (2, 1, 0)
+    x = 2 * torch.randn(2, 3, 75, 32, generator=torch.Generator().manual_seed(3))
+    codes = cpu_kernels.encode(x, side)
+    assert codes.shape == (2, 75, side.codes)
+    assert (codes == side.encode(x)).float().mean() > (0.97 if torch.ops.effcli_kv_pq.integers() else 0.999)
 
 
 def test_encoding_takes_any_strides_and_types() -> None:

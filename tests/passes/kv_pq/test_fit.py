@@ -37,7 +37,7 @@ def train(model: Any, batches: list[torch.Tensor], **values: Any) -> tuple[Codeb
     return fit.train(model, batches, KVPQParameters(**{"iterations": 2, **values}))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_the_budget_is_kept(model: Any, batches: list[torch.Tensor], bits: float) -> None:
     parameters = KVPQParameters(bits=bits)
     books, about = train(model, batches, bits=bits)

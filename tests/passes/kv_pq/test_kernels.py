@@ -6,6 +6,7 @@ process that has chosen it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -56,10 +57,10 @@ def test_in_the_interpreter() -> None:
 
 
 def layer_of(dim: int, *, gains: bool = False, rope: int | None = None, interleaved: bool = False,
-             key_basis: bool = False, value_basis: bool = True) -> LayerCodebooks:  # fmt: skip
+             key_basis: bool = False, value_basis: bool = True, residual: int = 0) -> LayerCodebooks:  # fmt: skip
     return LayerCodebooks(
-        made.quantizer(2, dim, dim // 2, gains=gains, basis=key_basis, seed=1),
-        made.quantizer(2, dim, dim // 2 + 3, gains=gains, basis=value_basis, seed=2),
+        made.quantizer(2, dim, dim // 2, gains=gains, basis=key_basis, residual=residual, seed=1),
+        made.quantizer(2, dim, dim // 2 + 3, gains=gains, basis=value_basis, residual=2 * residual, seed=2),
         None if rope is None else made.rope(rope, interleaved=interleaved),
     )
 
@@ -115,6 +116,17 @@ def test_attention_matches_float64(rope: int | None, gains: bool) -> None:
 @kernel_test
 def test_a_head_size_that_is_no_power_of_two() -> None:
     compare(layer_of(80, rope=32, gains=True), start=[4])
+
+
+@kernel_test
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("rope", [None, 32])
+def test_residual_centroids_are_added(rope: int | None, gains: bool) -> None:
+    layer = layer_of(32, gains=gains, rope=rope, residual=2)
+    assert layer.keys.residual_parts == (2, 1)
+    compare(layer, query_heads=6, start=[4], stop=270)
+    one_side = dataclasses.replace(layer, values=layer_of(32).values)
+    compare(one_side, query_heads=2, start=[4])
 
 
 @kernel_test
@@ -175,6 +187,8 @@ def test_encoding_finds_nearest_centroids(parts: int, gains: bool) -> None:
     codes = kernels.encode(x.to(DEVICE), side.to(DEVICE))
     assert codes.dtype == torch.uint8
     assert (codes.cpu() == side.encode(x)).float().mean() > 0.999
+    refined = made.quantizer(2, 16, parts, gains=gains, basis=True, residual=1, steps=None)
+    assert (kernels.encode(x.to(DEVICE), refined.to(DEVICE)).cpu() == refined.encode(x)).float().mean() > 0.999
     assert kernels.encode(x[:, :, :0].to(DEVICE), side.to(DEVICE)).shape == (2, 0, side.codes)
 
 

@@ -34,6 +34,27 @@ def test_the_best_cut_is_that_of_brute_force(parts: int, seed: int) -> None:
     assert layout.error_of(matrix, found.part(parts)) == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.parametrize("more", [1, 2, 3])
+def test_residual_parts_are_those_of_brute_force(more: int) -> None:
+    """Of all prefixes of the order and all cuts of them, the rest left as it is."""
+    matrix = covariance(6)
+    order = matrix.diagonal().argsort(descending=True)
+    alone = layout.errors_of(matrix.diagonal()[:, None, None])[order]
+    best = math.inf
+    for end in range(more, 7):
+        for cuts in itertools.combinations(range(1, end), more - 1):
+            runs = [alone[first:last] for first, last in itertools.pairwise((0, *cuts, end))]
+            best = min(best, sum(float(layout.errors_of(run.diag()[None])) for run in runs) + float(alone[end:].sum()))
+    found = layout.Uneven(matrix, 9)
+    assert found.error(6 + more) == pytest.approx(best, rel=1e-9)
+    part = found.residual_part(6 + more)
+    refined = part[order] >= 0
+    assert sorted(set(part[order[refined]].tolist())) == list(range(more))
+    assert refined.tolist() == sorted(refined.tolist(), reverse=True)
+    assert found.error(6) > found.error(7) > found.error(8) > found.error(9)
+    assert not (found.residual_part(6) >= 0).any()
+
+
 def test_channels_that_matter_more_get_smaller_parts() -> None:
     matrix = torch.diag(torch.tensor([100.0, 100.0] + [1.0] * 6, dtype=torch.float64))
     part = layout.Uneven(matrix, 8).part(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from passes.base import PassError
-from passes.kv_pq.codebooks import FILE
+from passes.kv_pq.codebooks import FILE, Codebooks
 from passes.kv_pq.saved import check
 from passes.kv_pq.targets import Targets, find
 from profilers.meta import meta_model
+from tests.passes.kv_pq import random_codebooks as made
 from tests.passes.kv_pq.small import random_codebooks
 from tests.tiny_models import CONFIGS, build
 
@@ -86,6 +88,30 @@ def test_anything_wrong_is_named(file: Path, targets: Targets, change: Callable[
     save_file(tensors, file)
     with pytest.raises(PassError, match=message):
         check(file, targets)
+
+
+def test_residual_parts_are_counted_and_checked(tmp_path: Path, targets: Targets) -> None:
+    books = random_codebooks(build("llama"), parts=8, rope=True)
+    refined = made.quantizer(2, 8, 8, residual=2)
+    books.layers[1] = replace(books.layers[1], keys=refined)
+    file = books.save(tmp_path)
+    (line,) = check(file, targets)
+    assert f"{8 * (4 * 16 + 3 - 2) / 64:.4g} bits" in line
+    again = Codebooks.load(tmp_path).layers[1].keys
+    assert again.residual_parts == (2, 1) and again.codes == refined.codes
+    name = "layers.1.keys.residual_"
+    for change, message in (
+        (_without(f"{name}centroids"), "'layers.1.keys.residual_centroids' .* is missing"),
+        (_without(f"{name}part"), "'layers.1.keys.residual_part' .* is missing"),
+        (_with(f"{name}part", lambda t: 2 * t), "does not number the residual parts"),
+        (_with(f"{name}part", lambda t: t - 1), "does not number the residual parts"),
+        (_with(f"{name}centroids", _nan), "holds NaN"),
+    ):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, tmp_path / "changed.safetensors")
+        with pytest.raises(PassError, match=message):
+            check(tmp_path / "changed.safetensors", targets)
 
 
 def test_a_file_cut_short_is_named(file: Path, targets: Targets) -> None:
