@@ -13,6 +13,9 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROWS = 128
+"""Tokens whose probabilities are in memory at once."""
+
 
 def backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generator) -> None:
     """Run text, draw a next token at each place, and send the gradient of their log-likelihood back.
@@ -35,12 +38,19 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generat
         with torch.enable_grad():
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
             logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
-            chance = logits.detach().softmax(-1).flatten(0, 1)
-            # Gumbel's trick, in a generator's hands.
-            noise = torch.rand(chance.shape, generator=generator).to(chance.device).clamp_min(1e-20).log().neg()
-            drawn = (noise / chance.clamp_min(1e-30)).argmin(-1)
+            drawn = _drawn(logits.detach().flatten(0, 1), generator)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum")
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return a token for each row of logits (N, V), shape (N,): by Gumbel's trick, in a generator's hands."""
+    drawn = []
+    for rows in logits.split(ROWS):
+        chance = rows.softmax(-1).clamp_min_(1e-30)
+        noise = torch.rand(rows.shape, generator=generator).to(rows.device)
+        drawn.append(noise.clamp_min_(1e-20).log_().neg_().div_(chance).argmin(-1))
+    return torch.cat(drawn)
