@@ -49,7 +49,7 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generat
 def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a token for each row of logits (N, V), shape (N,): by Gumbel's trick, in a generator's hands."""
     drawn = []
-    for rows in logits.split(ROWS):
+    for rows in torch.split(logits, ROWS):
         chance = rows.softmax(-1).clamp_min_(1e-30)
         noise = torch.rand(rows.shape, generator=generator).to(rows.device)
         drawn.append(noise.clamp_min_(1e-20).log_().neg_().div_(chance).argmin(-1))
