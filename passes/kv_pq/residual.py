@@ -117,7 +117,7 @@ def _stages(quantizer: VectorQuantizer) -> Stages:
     channels = (part < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     own = part.gather(1, channels)
     filling = own < 0
-    counts = own.amax(1, keepdim=True).clamp_min(-1) + 1
+    counts = own.amax(1, keepdim=True) + 1
     at = channels[:, None].expand(-1, centroids.shape[1], -1)
     fine = VectorQuantizer(
         centroids.gather(2, at).masked_fill(filling[:, None], 0.0),

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 CENTROIDS = 256
 KINDS = ("keys", "values")
 NEEDED = ("centroids", "part", "weight", "mean")
-OPTIONAL = ("gains", "basis", "inverse", "residual_part", "residual_centroids")
 INVERSE_TOLERANCE = 1e-2
 """Largest entry of basis x inverse - 1 that float32 explains."""
 
@@ -111,6 +110,8 @@ def _check_side(file: str, side: str, parts: dict[str, torch.Tensor], heads: int
             or int(refining.min()) < -1
         ):
             raise wrong("residual_part", "does not number the residual parts of every head from 0 on without a gap")
+        if bool((parts["residual_centroids"] * (refining < 0)[:, None]).any()):
+            raise wrong("residual_centroids", "adds to channels that no residual part refines")
         codes += int((refining.amax(1) + 1).sum())
     if bool((parts["weight"] < 0).any()) or bool((parts["weight"].sum(1) <= 0).any()):
         raise wrong("weight", "has a negative entry, or a head of zeros")

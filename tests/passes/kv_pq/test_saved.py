@@ -106,6 +106,7 @@ def test_residual_parts_are_counted_and_checked(tmp_path: Path, targets: Targets
         (_with(f"{name}part", lambda t: 2 * t), "does not number the residual parts"),
         (_with(f"{name}part", lambda t: t - 1), "does not number the residual parts"),
         (_with(f"{name}centroids", _nan), "holds NaN"),
+        (_with(f"{name}centroids", lambda t: t + 1), "adds to channels that no residual part refines"),
     ):
         tensors = load_file(file)
         change(tensors)
