@@ -37,20 +37,24 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generat
     try:
         with torch.enable_grad():
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-            logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
-            drawn = _drawn(logits.detach().flatten(0, 1), generator)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+        logits.backward(_gradient(logits.detach().flatten(0, 1), generator).view_as(logits))
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
 
 
-def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a token for each row of logits (N, V), shape (N,): by Gumbel's trick, in a generator's hands."""
-    drawn = []
-    for rows in torch.split(logits, ROWS):
-        chance = rows.softmax(-1).clamp_min_(1e-30)
+def _gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return what −Σ log p(drawn) has for a gradient with regard to logits (N, V): probabilities less what was drawn.
+
+    A token is drawn for each row, by Gumbel's trick, in a generator's hands. A few rows at a time: float32 copies of
+    all logits would take longer to allocate than to fill.
+    """
+    gradient = torch.empty_like(logits)
+    for rows, into in zip(torch.split(logits, ROWS), torch.split(gradient, ROWS), strict=True):
+        chance = rows.float().softmax(-1)
         noise = torch.rand(rows.shape, generator=generator).to(rows.device)
-        drawn.append(noise.clamp_min_(1e-20).log_().neg_().div_(chance).argmin(-1))
-    return torch.cat(drawn)
+        times = noise.clamp_min_(1e-20).log_().neg_().div_(chance.clamp_min(1e-30))
+        drawn = times.argmin(-1, keepdim=True)
+        into.copy_(chance.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=chance.dtype)))
+    return gradient

@@ -306,11 +306,13 @@ class LoopPass(Pass):
         if processes > 1:
             return launched.heal(
                 model, original, ids, settings, context.work,
-                processes=processes, names=parameters.heal_train, seed=context.seed, progress=context.progress,
+                processes=processes, names=parameters.heal_train, label_weight=parameters.heal_labels,
+                seed=context.seed, progress=context.progress,
             )  # fmt: skip
         return heal(
             model, original, ids, settings, context.work,
-            names=parameters.heal_train, seed=context.seed, progress=context.progress,
+            names=parameters.heal_train, label_weight=parameters.heal_labels, seed=context.seed,
+            progress=context.progress,
         )  # fmt: skip
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:

@@ -8,7 +8,8 @@
 The loss of a token is ``KL(original ‖ looped) + hidden_weight · h``, where h is the mean over layers of the squared
 distance of their outputs as a share of the original's squared length: logits say what must come out, hidden states
 give every layer a target of its own (Relaxed Recursive Transformers, section 3.3, distils logits; TinyBERT, section 3,
-hidden states).
+hidden states). In place of a share of the divergence the text's own next tokens can be trained on (Hinton et al. 2015,
+arXiv:1503.02531, section 2).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def heal(
     *,
     names: Literal["deltas", "all"] = "all",
     hidden_weight: float = HIDDEN_WEIGHT,
+    label_weight: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Trained:
@@ -59,6 +61,8 @@ def heal(
     names : str
         ``deltas``: train the layers' own low-rank parts, norms and biases; ``all``: everything but the embeddings.
     hidden_weight : float
+    label_weight : float
+        Share of the cross-entropy of the text's next tokens, 0 to 1; the divergence has the rest.
     seed : int
     progress : Progress, optional
 
@@ -73,9 +77,8 @@ def heal(
         with torch.no_grad(), torch.autocast(windows.device.type, enabled=False):
             wanted = teacher(**given)
         found = model(**given)
-        divergence = kl_divergence(wanted.logits, found.logits)
-        distance = _distance(wanted.hidden_states, found.hidden_states)
-        return divergence + hidden_weight * distance, divergence.detach()
+        loss, divergence = logits_loss(wanted.logits, found.logits, windows, label_weight)
+        return loss + hidden_weight * _distance(wanted.hidden_states, found.hidden_states), divergence
 
     return train(
         student, trainable(student, names), ids, settings, work / STATE, losses,
@@ -107,41 +110,58 @@ def trainable(model: PreTrainedModel, train: Literal["deltas", "all"]) -> list[s
     ]
 
 
-def kl_divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Return KL(wanted ‖ found), the mean over tokens, in nats.
+def logits_loss(
+    wanted: torch.Tensor, found: torch.Tensor, windows: torch.Tensor, label_weight: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what logits add to the loss, and KL(wanted ‖ found) without a gradient: means over tokens, in nats.
 
-    A few rows at a time: all probabilities in float32 would be larger than the model. The gradient of a token with
-    regard to the found logits is q − p, and is made on the way forth.
+    The loss of a token is (1 − label_weight) · KL(wanted ‖ found) − label_weight · log p(next token); a window's last
+    token has no next one, and its KL in full. A few rows at a time: all probabilities in float32 would be larger than
+    the model. The gradient with regard to the found logits is the found probabilities less those aimed at, and is made
+    on the way forth.
 
     Parameters
     ----------
     wanted, found : torch.Tensor
         Logits, shape (B, T, V); the gradient goes to ``found`` alone.
+    windows : torch.Tensor
+        Token ids, shape (B, T).
+    label_weight : float
     """
-    divergence: torch.Tensor = _Divergence.apply(wanted, found)  # type: ignore[no-untyped-call]
-    return divergence
+    shares = torch.full(windows.shape, label_weight, dtype=torch.float32, device=found.device)
+    shares[:, -1] = 0
+    following = windows.roll(-1, dims=1)
+    loss, divergence = _LogitsLoss.apply(wanted, found, following.flatten(), shares.flatten())  # type: ignore[no-untyped-call]
+    return loss, divergence
 
 
-class _Divergence(torch.autograd.Function):
+class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, wanted: torch.Tensor, found: torch.Tensor, following: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         targets, logits = wanted.flatten(0, 1), found.flatten(0, 1)
         rows = len(logits)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        loss, divergence = torch.zeros((2,), dtype=torch.float32, device=logits.device)
         for start in range(0, rows, KL_ROWS):
             part = slice(start, start + KL_ROWS)
             target, own = targets[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
-            chance = target.exp()
-            total += (chance * target.sub_(own)).sum()
+            aim, share, label = target.exp(), shares[part, None], following[part, None]
+            apart = (aim * target.sub_(own)).sum(-1, keepdim=True)
+            divergence += apart.sum()
+            loss += ((1 - share) * apart - share * own.gather(-1, label)).sum()
             if gradient is not None:
-                gradient[part] = own.exp_().sub_(chance).div_(rows)
+                aim.mul_(1 - share).scatter_add_(-1, label, share)
+                gradient[part] = own.exp_().sub_(aim).div_(rows)
         ctx.gradient, ctx.shape = gradient, found.shape
-        return total / rows
+        divergence = divergence / rows
+        ctx.mark_non_differentiable(divergence)
+        return loss / rows, divergence
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, (ctx.gradient * upstream[0]).view(ctx.shape)
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
+        return None, (ctx.gradient * upstream[0]).view(ctx.shape), None, None
 
 
 def _distance(wanted: tuple[torch.Tensor, ...], found: tuple[torch.Tensor, ...]) -> torch.Tensor:

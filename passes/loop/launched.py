@@ -44,6 +44,7 @@ def heal(
     *,
     processes: int,
     names: Literal["deltas", "all"] = "all",
+    label_weight: float = 0.0,
     seed: int = 0,
     progress: Progress,
 ) -> Trained:
@@ -51,7 +52,7 @@ def heal(
 
     Parameters
     ----------
-    student, teacher, ids, settings, work, names, seed, progress
+    student, teacher, ids, settings, work, names, label_weight, seed, progress
         As there. On a GPU each process takes one; on the CPU they share it.
     processes : int
 
@@ -77,6 +78,7 @@ def heal(
         "dtype": str(student.dtype).removeprefix("torch."),
         "attention": student.config._attn_implementation,
         "names": names,
+        "label_weight": label_weight,
         "seed": seed,
     }
     (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
@@ -186,7 +188,7 @@ def main(folder: Path) -> None:
     try:
         done = healing.heal(
             student, teacher, load_file(folder / TEXT)["ids"], Settings(**job["settings"]), Path(job["work"]),
-            names=job["names"], seed=job["seed"],
+            names=job["names"], label_weight=job["label_weight"], seed=job["seed"],
             progress=_Reporting() if accelerator.is_main_process else SilentProgress(),
         )  # fmt: skip
         result = asdict(done)

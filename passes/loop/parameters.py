@@ -22,7 +22,7 @@ SCRATCH_RATE = 1e-3
 _OF_SCRATCH = ("train_text", "train_tokens", "train_length", "train_batch")
 _NOT_OF_SCRATCH = (
     "init", "align", "rounds", "allocation", "samples", "length", "damage_samples", "max_loops", "drawn",
-    "heal_tokens", "heal_minutes", "heal_train", "heal_length", "heal_batch",
+    "heal_tokens", "heal_minutes", "heal_train", "heal_labels", "heal_length", "heal_batch",
 )  # fmt: skip
 """Parameters that fit trained weights, or heal them."""
 
@@ -93,6 +93,12 @@ class LoopParameters(PassParameters):
     heal_train: Literal["all", "deltas"] = Field(
         default="all",
         description="What healing trains: everything but the embeddings, or the layers' own parts, norms and biases.",
+    )
+    heal_labels: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the text's own next tokens in what healing aims at; the original has the rest.",
     )
     heal_length: int = Field(default=512, ge=16, description="Tokens of one window of healing.")
     heal_batch: int = Field(default=4, ge=1, description="Windows of one step of healing.")

@@ -86,6 +86,41 @@ def test_the_curve_is_the_kl_divergence_of_whole_logits(tmp_path: Path) -> None:
     assert done.curve[0].held_out == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("label_weight", [0.0, 0.3, 1.0])
+def test_the_loss_of_logits_and_its_gradient_as_torch_has_them(label_weight: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    wanted, found = (3 * torch.randn(2, 150, 11, generator=generator) for _ in range(2))  # more rows than one part
+    windows = torch.randint(11, (2, 150), generator=generator)
+    exact = found.double().requires_grad_()
+    p, q = wanted.double().log_softmax(-1), exact.log_softmax(-1)
+    apart = (p.exp() * (p - q)).sum(-1)
+    surprise = torch.nn.functional.cross_entropy(q[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none")
+    expected = torch.cat([(1 - label_weight) * apart[:, :-1] + label_weight * surprise, apart[:, -1:]], dim=1).mean()
+    expected.backward()
+    found.requires_grad_()
+    loss, divergence = heal.logits_loss(wanted, found, windows, label_weight)
+    (2 * loss).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert divergence.item() == pytest.approx(apart.mean().item(), rel=1e-5)
+    assert not divergence.requires_grad
+    assert found.grad is not None and exact.grad is not None
+    torch.testing.assert_close(found.grad.double() / 2, exact.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_labels_teach_the_text_and_the_curve_stays_the_divergence(tmp_path: Path) -> None:
+    ids = torch.arange(600) % 7 + 3  # a text that the original, with random weights, does not know
+    surprises, divergences = [], []
+    for label_weight in (0.0, 0.9):
+        student, teacher = pair()
+        done = heal.heal(student, teacher, ids, SETTINGS, tmp_path / str(label_weight), label_weight=label_weight)
+        with torch.no_grad():
+            surprises.append(float(student(ids[None, :64], labels=ids[None, :64]).loss))
+        divergences.append([point.held_out for point in done.curve])
+    assert surprises[1] < surprises[0] - 0.1
+    assert divergences[0][0] == divergences[1][0]
+    assert divergences[0][-1] < divergences[1][-1]
+
+
 @pytest.mark.parametrize("train", ["deltas", "all"])
 def test_only_what_was_asked_for_is_trained(train: Any, tmp_path: Path) -> None:
     student, teacher = pair("qwen2")
