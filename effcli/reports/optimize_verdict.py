@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -152,7 +153,9 @@ def _quality(report: Report, found: dict[str, Change]) -> str:
         f"({signed_percent(perplexity.ratio - 1)}{span})"
     )
     start = {"noise": "no loss outside noise: ", "better": "no loss: ", "same": "no loss: "}
-    parts = [start.get(perplexity.status, "") + text]
+    parts = [
+        ("better on this text, but another model: " if _strayed(found) else start.get(perplexity.status, "")) + text
+    ]
     kl = found.get("kl_mean")
     if kl is not None and kl.after is not None:
         p99 = found.get("kl_p99")
@@ -162,6 +165,14 @@ def _quality(report: Report, found: dict[str, Change]) -> str:
     if agreement is not None and agreement.after is not None:
         parts.append(f"same top token at {figure(agreement.after, 'fraction')} of positions")
     return ", ".join(parts)
+
+
+def _strayed(found: dict[str, Change]) -> bool:
+    """Whether the result predicts the text better than the original, and yet has become another model."""
+    perplexity, kl = found.get("perplexity"), found.get("kl_mean")
+    apart = None if kl is None else _float(kl.after)
+    better = perplexity is not None and perplexity.status == "better"
+    return better and apart is not None and apart >= math.log(NOTABLE_LOSS)
 
 
 def _float(value: float | str | None) -> float | None:
@@ -182,6 +193,12 @@ def following(report: Report, found: dict[str, Change]) -> str:
     speed, size = found.get("tpot_seconds"), found.get("stored_bytes")
     if ratio is not None and ratio >= HEAVY_LOSS:
         return f"Next: do not serve this, it lost too much; {_gentler(report)}."
+    if _strayed(found):
+        return (
+            "Next: it predicts this text better than the original and says other things; measure it on other text "
+            f"before serving: effcli eval {folder(report)} --against ORIGINAL --eval-text FILE. "
+            f"To use it: {_use(report)}."
+        )
     if speed is not None and speed.status == "worse":
         cache = found.get("kv_bytes_per_token")
         smaller = any(change is not None and change.status == "better" for change in (size, cache))

@@ -106,6 +106,20 @@ def test_a_ruined_model_is_not_to_be_served() -> None:
     assert lines(report)[2].startswith("Next: do not serve this, it lost too much")
 
 
+def test_a_model_that_strays_is_not_called_without_loss_where_it_predicts_better() -> None:
+    better = optimize_samples.quality(14.0, (0.89, 0.95))  # KL 0.110
+    _, cost, following = lines(replace(optimize_samples.optimized(), quality=better))
+    assert "better on this text, but another model: perplexity 15.24 → 14.00 (−8.1 %" in cost
+    assert "no loss" not in cost
+    assert "measure it on other text before serving: effcli eval out --against ORIGINAL --eval-text FILE" in following
+    assert 'effcli.load("out")' in following
+    assert better.kl is not None
+    near = replace(better, kl=replace(better.kl, mean=0.01))
+    _, cost, following = lines(replace(optimize_samples.optimized(), quality=near))
+    assert "no loss: perplexity" in cost
+    assert "other text" not in following
+
+
 def test_what_was_not_measured_is_not_claimed() -> None:
     gained, cost, following = lines(optimize_samples.partial())
     assert "decode was not timed on both sides" in gained and "as fast" not in gained
