@@ -57,7 +57,7 @@ class LoopPass(Pass):
     changes = frozenset({"weights", "structure"})
     before = ("quantize",)
     excludes = ("loop",)
-    gentler = "heal_tokens=5M, or a larger rank"
+    gentler = "heal_tokens=5M, or a larger rank or density"
     from_config = "from_scratch=true,train_text=FILE,train_tokens=5M,blocks=4,loops=3"
 
     parameters: LoopParameters
@@ -163,7 +163,7 @@ class LoopPass(Pass):
             batches = own_text.mixed(batches, drawn)
         groups, ranks, damages, observed = self._groups(model, structure, batches, context)
         original = copy.deepcopy(model) if parameters.heal_tokens else None
-        even = LoopPlan.even(structure, groups, ranks)
+        even = LoopPlan.even(structure, groups, ranks, parameters.density)
         found = blocks.fit(
             model, structure, even, parameters, batches if parameters.is_fitted else [],
             seed=context.seed, progress=context.progress, observed=observed,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from passes.loop import align, importance, statistics, tie
+from passes.loop import align, importance, sparse, statistics, tie
 from passes.loop.layout import Block, LoopPlan
 from passes.loop.modeling_looped import weight_of
 from passes.loop.parameters import LoopParameters
@@ -231,6 +231,25 @@ def _fit_block(
         plain = torch.eye(shapes[name].in_features, dtype=torch.float64, device=weights[name][0].device)
         return [plain] * len(block.layers)
 
+    if block.sparse:
+        fitted = sparse.fit(
+            {
+                name: sparse.Linear(
+                    [weight.double() for weight in weights[name]],
+                    inputs(name),
+                    [_entry_weights(known, index, name, shapes[name]) for index in block.layers],
+                    block.ranks[name],
+                )
+                for name in shapes
+            },
+            block.sparse,
+            even=parameters.allocation == "even",
+        )
+        counts = {
+            name: tuple(0 if own is None else len(own[1]) for own in item.sparse) for name, item in fitted.items()
+        }
+        return Block(block.layers, block.ranks, counts), fitted
+
     def fit_all(ranks: Mapping[str, tuple[int, ...]]) -> dict[str, tie.Fitted]:
         return {
             name: tie.fit(
@@ -255,6 +274,12 @@ def _fit_block(
             gains[name] = [tie.spectrum(weight - start, moment) for weight, moment in zip(targets, scaled, strict=True)]
     ranks = share_ranks(gains, shapes, block.ranks)
     return Block(block.layers, ranks), fit_all(ranks)
+
+
+def _entry_weights(known: Statistics, index: int, name: str, shape: Shape) -> torch.Tensor:
+    """Return what a squared error of each output of a linear counts, shape (out,)."""
+    found = known.gradients.get((index, name))
+    return torch.ones(shape.out_features) if found is None else found.diagonal()
 
 
 def share_ranks(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from passes.loop.layout import LoopPlan
-from passes.loop.modeling_looped import BLOCKS, LoopedLinear, looped_classes, share_blocks
+from passes.loop.modeling_looped import BLOCKS, LoopedLinear, looped_classes, pack_bits, share_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,12 +54,16 @@ def fill(model: PreTrainedModel, plan: LoopPlan, fitted: Mapping[tuple[int, str]
         for name in block.ranks:
             found = fitted[number, name]
             blocks[number].get_submodule(name).weight.copy_(found.shared)
-            for index, delta in zip(block.layers, found.deltas, strict=True):
+            sparse = found.sparse or (None,) * len(block.layers)
+            for index, delta, own in zip(block.layers, found.deltas, sparse, strict=True):
                 layer = stack[index].get_submodule(name)
                 assert isinstance(layer, LoopedLinear)
                 if delta is not None:
                     layer.delta_out.copy_(delta[0])
                     layer.delta_in.copy_(delta[1])
+                if own is not None and layer.delta_values is not None and layer.delta_mask is not None:
+                    layer.delta_mask.copy_(pack_bits(own[0]))
+                    layer.delta_values.copy_(own[1])
 
 
 def on_meta(model: PreTrainedModel, plan: LoopPlan) -> PreTrainedModel:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from passes.base import PassError
@@ -31,10 +31,17 @@ class Block:
         Ascending.
     ranks : mapping of str to tuple of int
         For each linear, by its dotted name in a layer, the rank of every member's own part; 0 for none.
+    sparse : mapping of str to tuple of int
+        Entries of every member's own sparse part likewise; empty where there are none.
     """
 
     layers: tuple[int, ...]
     ranks: Mapping[str, tuple[int, ...]]
+    sparse: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def entries(self, name: str) -> tuple[int, ...]:
+        """Return how many entries every member's own sparse part of a linear has."""
+        return self.sparse.get(name, (0,) * len(self.layers))
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,15 @@ class Sizes:
     layers_before, layers_after : int
         Parameters of the decoder layers alone.
     delta_parameters : int
-        Of the layers' own low-rank parts.
+        Of the layers' own low-rank and sparse parts.
+    sparse_parameters : int
+        Of the sparse parts alone.
+    unpacked_entries : int
+        Of the linears that have a sparse part: each forward unpacks them.
+    mask_bytes : int
+        That say where the entries of sparse parts are; no parameters, and among the bytes.
     delta_flops_per_token : int
-        Multiplications and additions that these take for one token: two a parameter.
+        Multiplications and additions that low-rank parts take for one token: two a parameter.
     """
 
     parameters_before: int
@@ -62,11 +75,14 @@ class Sizes:
     layers_before: int
     layers_after: int
     delta_parameters: int
+    sparse_parameters: int = 0
+    unpacked_entries: int = 0
+    mask_bytes: int = 0
 
     @property
     def delta_flops_per_token(self) -> int:
-        """FLOPs that the low-rank parts add for one token."""
-        return 2 * self.delta_parameters
+        """FLOPs that the low-rank parts add for one token; a sparse part is added to the shared weight instead."""
+        return 2 * (self.delta_parameters - self.sparse_parameters)
 
     @property
     def share(self) -> float:
@@ -108,14 +124,28 @@ class LoopPlan:
         return self.layers - sum(len(block.layers) - 1 for block in self.blocks)
 
     @classmethod
-    def even(cls, structure: Structure, groups: Sequence[Sequence[int]], rank: int | Sequence[int]) -> LoopPlan:
-        """Return the plan with one rank for every linear and member, the same for all groups or one for each."""
+    def even(
+        cls,
+        structure: Structure,
+        groups: Sequence[Sequence[int]],
+        rank: int | Sequence[int],
+        density: float = 0.0,
+    ) -> LoopPlan:
+        """Return the plan with one rank for every linear and member, the same for all groups or one for each.
+
+        With a density, that share of every linear's entries is each further member's own; the shared weight is then
+        the first member's in them, which has no part of its own.
+        """
         ranks = (rank,) * len(groups) if isinstance(rank, int) else rank
-        blocks = (
-            Block(tuple(sorted(group)), {name: (own,) * len(group) for name in structure.linears[min(group)]})
-            for group, own in zip(groups, ranks, strict=True)
-            if len(group) > 1
-        )
+        blocks = []
+        for group, own in zip(groups, ranks, strict=True):
+            if len(group) < 2:
+                continue
+            shapes, others = structure.linears[min(group)], len(group) - 1
+            first = 0 if density else own
+            sparse = {name: (0,) + (round(density * shape.parameters),) * others for name, shape in shapes.items()}
+            even = {name: (first,) + (own,) * others for name in shapes}
+            blocks.append(Block(tuple(sorted(group)), even, sparse if density else {}))
         return cls(structure.stack, structure.layers, tuple(sorted(blocks, key=lambda block: block.layers[0])))
 
     @classmethod
@@ -135,6 +165,7 @@ class LoopPlan:
                 Block(
                     tuple(int(index) for index in block["layers"]),
                     {str(name): tuple(int(rank) for rank in ranks) for name, ranks in block["ranks"].items()},
+                    {str(name): tuple(int(one) for one in counts) for name, counts in block.get("sparse", {}).items()},
                 )
                 for block in data["blocks"]
             )
@@ -150,6 +181,7 @@ class LoopPlan:
             "layers": self.layers,
             "blocks": [
                 {"layers": list(block.layers), "ranks": {name: list(ranks) for name, ranks in block.ranks.items()}}
+                | ({"sparse": {name: list(counts) for name, counts in block.sparse.items()}} if block.sparse else {})
                 for block in self.blocks
             ],
         }
@@ -187,17 +219,30 @@ class LoopPlan:
                 check_rank(max(ranks), min(ranks), name, structure, block.layers[0])
                 if len(ranks) != len(block.layers):
                     raise PassError(f"{name} of block {list(block.layers)} has {len(ranks)} ranks")
+            for name, counts in block.sparse.items():
+                most = shapes[name].parameters if name in shapes else 0
+                if len(counts) != len(block.layers) or counts[0] or not all(0 <= one <= most for one in counts):
+                    raise PassError(
+                        f"{name} of block {list(block.layers)} has sparse parts of {list(counts)} entries; one for "
+                        f"each layer is needed, 0 for the first, at most {most}"
+                    )
 
     def sizes(self, structure: Structure) -> Sizes:
         """Return parameters and bytes before and after, exactly."""
-        saved = saved_bytes = deltas = 0
+        saved = saved_bytes = deltas = sparse = unpacked = masks = 0
         for block in self.blocks:
             for name, shape in structure.linears[block.layers[0]].items():
-                added = sum(block.ranks[name]) * shape.rank_parameters
+                counts = block.entries(name)
+                added = sum(block.ranks[name]) * shape.rank_parameters + sum(counts)
                 fewer = (len(block.layers) - 1) * shape.parameters - added
+                members = sum(count > 0 for count in counts)
+                mask_bytes = members * -(-shape.parameters // 8)
                 deltas += added
+                sparse += sum(counts)
+                unpacked += members * shape.parameters
+                masks += mask_bytes
                 saved += fewer
-                saved_bytes += fewer * shape.itemsize
+                saved_bytes += fewer * shape.itemsize - mask_bytes
         layers = sum(structure.layer_parameters)
         return Sizes(
             parameters_before=structure.parameters,
@@ -207,6 +252,9 @@ class LoopPlan:
             layers_before=layers,
             layers_after=layers - saved,
             delta_parameters=deltas,
+            sparse_parameters=sparse,
+            unpacked_entries=unpacked,
+            mask_bytes=masks,
         )
 
 

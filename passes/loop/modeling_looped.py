@@ -6,15 +6,17 @@
     model.looped_blocks.0  the linears of layers 0 and 1, once       W
     model.looped_blocks.1  the linears of layers 2 and 3, once
 
-    LoopedLinear of a layer:  y = W x + B (A x) + bias               A: delta_in, B: delta_out, the layer's own
+    LoopedLinear of a layer:  y = W x + B (A x) + S x + bias         A: delta_in, B: delta_out, the layer's own
+                              S: delta_values in the entries whose bit in delta_mask is set, zero elsewhere
 
 A LoopedLinear looks its shared linear up by name when it runs, so whoever replaces that module (a quantizer, a kernel)
 replaces it for every layer of the block. Attention, norms and the index into the KV cache stay the layer's own.
 
-The config's ``loop`` says which layers share, and at which rank each layer's own part is::
+The config's ``loop`` says which layers share, at which rank each layer's own part is, and how many entries S has::
 
     {"format": "effcli.loop/1", "stack": "model.layers", "layers": 4,
      "blocks": [{"layers": [0, 1], "ranks": {"self_attn.q_proj": [8, 8], …}}, …], …}
+                                   "sparse": {"self_attn.q_proj": [0, 1024], …}: only where there are any
 
 Needs torch and transformers only; a checkpoint holds this file with the classes of its architecture added at the end.
 """
@@ -39,7 +41,7 @@ _ADDED = "\n# --- the classes of this checkpoint ---\n"
 
 
 class LoopedLinear(nn.Module):
-    """A layer's linear: the block's shared weight, the layer's own low-rank part and its own bias.
+    """A layer's linear: the block's shared weight, the layer's own low-rank and sparse parts and its own bias.
 
     Parameters
     ----------
@@ -50,10 +52,15 @@ class LoopedLinear(nn.Module):
     own : nn.Module
         The linear that this one replaces; its bias is kept.
     rank : int
-        Of the layer's own part; 0 for none.
+        Of the layer's own low-rank part; 0 for none.
+    sparse : int
+        Entries of the layer's own sparse part; 0 for none.
     """
 
-    def __init__(self, parent: nn.Module, name: str, own: nn.Module, rank: int) -> None:
+    delta_mask: torch.Tensor | None
+    dense: torch.Tensor | None
+
+    def __init__(self, parent: nn.Module, name: str, own: nn.Module, rank: int, sparse: int = 0) -> None:
         super().__init__()
         self._block = (parent, name)
         weight, bias = own.get_parameter("weight"), getattr(own, "bias", None)
@@ -63,10 +70,16 @@ class LoopedLinear(nn.Module):
         if rank:
             self.delta_in = nn.Parameter(torch.empty(rank, self.in_features, **like))
             self.delta_out = nn.Parameter(torch.empty(self.out_features, rank, **like))
-            self.reset()
         else:
             self.register_parameter("delta_in", None)
             self.register_parameter("delta_out", None)
+        self.delta_values = nn.Parameter(torch.empty(sparse, **like)) if sparse else None
+        self.register_buffer("delta_mask", None)
+        if sparse:
+            entries = torch.arange(self.out_features * self.in_features, device=weight.device)
+            self.delta_mask = pack_bits(entries < sparse)
+        self.reset()
+        self.register_buffer("dense", None, persistent=False)
         self.bias = bias
 
     @property
@@ -77,22 +90,77 @@ class LoopedLinear(nn.Module):
         return shared
 
     def reset(self) -> None:
-        """Make the layer's own part random, and zero in effect."""
-        init.normal_(self.delta_in, std=self.in_features**-0.5)
-        init.zeros_(self.delta_out)
+        """Make the layer's own parts zero in effect, the low-rank one random."""
+        if self.delta_in is not None:
+            init.normal_(self.delta_in, std=self.in_features**-0.5)
+            init.zeros_(self.delta_out)
+        if self.delta_values is not None:
+            init.zeros_(self.delta_values)
+
+    def sparse(self) -> torch.Tensor:
+        """Return the sparse part unpacked, shape (out_features, in_features)."""
+        assert self.delta_values is not None and self.delta_mask is not None
+        mask = unpack_bits(self.delta_mask, self.out_features * self.in_features)
+        entries = torch.zeros(len(mask), dtype=self.delta_values.dtype, device=mask.device)
+        return entries.masked_scatter(mask, self.delta_values).view(self.out_features, self.in_features)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return ``W x + B (A x) + bias``, shape (..., out_features)."""
-        output: torch.Tensor = self.shared(inputs)
+        """Return ``W x + B (A x) + S x + bias``, shape (..., out_features)."""
+        shared = self.shared
+        if self.dense is not None and not self.training:
+            return self._with_low_rank(F.linear(inputs, self.dense), inputs)
+        if self.delta_values is not None and _can_merge(shared, inputs):
+            return self._with_low_rank(F.linear(inputs, shared.get_parameter("weight") + self.sparse()), inputs)
+        output: torch.Tensor = shared(inputs)
         if output.device != inputs.device:
             output = output.to(inputs.device)
+        return self.with_own(output, inputs)
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Hold W + S as one matrix from now on, if S is there and W is not quantized: faster, in more memory.
+
+        It is of the weights as they are, not saved, and not used in training.
+        """
+        if self.delta_values is not None and _can_merge(self.shared, self.delta_values):
+            self.dense = self.shared.get_parameter("weight") + self.sparse()
+
+    def with_own(self, output: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Return ``W x`` with the layer's own parts and bias added."""
+        if self.delta_values is not None:
+            output = output + F.linear(inputs, self.sparse())
+        return self._with_low_rank(output, inputs)
+
+    def _with_low_rank(self, output: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         if self.delta_in is not None:
             return output + F.linear(F.linear(inputs, self.delta_in), self.delta_out, self.bias)
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:
         """Return sizes, for printing."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        own = f", sparse={len(self.delta_values)}" if self.delta_values is not None else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{own}"
+
+
+def _can_merge(shared: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether a linear's weight may be used without calling it: nobody watches the call or has replaced it."""
+    watched = shared._forward_hooks or shared._forward_pre_hooks or "forward" in vars(shared)
+    return type(shared) is nn.Linear and not watched and shared.get_parameter("weight").device == inputs.device
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask, of any shape, as uint8 with eight entries each, the first in the lowest bit."""
+    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8))
+    return (flat.view(-1, 8) * _bits(mask)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, entries: int) -> torch.Tensor:
+    """Return the mask that was packed, shape (entries,)."""
+    return ((packed[:, None] & _bits(packed)) != 0).flatten()[:entries]
+
+
+def _bits(like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
 
 
 class LoopedModelMixin:
@@ -102,10 +170,15 @@ class LoopedModelMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         share_blocks(self, config.loop)
 
+    def unpack(self) -> None:
+        """Hold the weights of layers with sparse parts unpacked: the original's speed, in the original's memory."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, LoopedLinear):
+                module.unpack()
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LoopedLinear):
-            if module.rank:
-                module.reset()
+            module.reset()
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
@@ -141,15 +214,16 @@ def share_blocks(model: Any, loop: Any) -> None:
         raise ValueError(f"the config's 'loop' is of {loop['layers']} layers, the model has {len(stack)}")
     blocks = nn.ModuleList()
     for block in loop["blocks"]:
-        members, ranks = block["layers"], block["ranks"]
+        members, ranks, sparse = block["layers"], block["ranks"], block.get("sparse", {})
         container = nn.Module()
         for name in ranks:
             where, _, last = name.rpartition(".")
             parent = _descend(container, where)
             parent.add_module(last, _without_bias(stack[members[0]].get_submodule(name)))
-            for index, rank in zip(members, ranks[name], strict=True):
+            entries = sparse.get(name, [0] * len(members))
+            for index, rank, count in zip(members, ranks[name], entries, strict=True):
                 holder = stack[index].get_submodule(where)
-                setattr(holder, last, LoopedLinear(parent, last, holder.get_submodule(last), rank))
+                setattr(holder, last, LoopedLinear(parent, last, holder.get_submodule(last), rank, count))
         blocks.append(container)
     model.get_submodule(loop["stack"].rpartition(".")[0]).add_module(BLOCKS, blocks)
 

@@ -21,7 +21,7 @@ SCRATCH_RATE = 1e-3
 """Learning rate from scratch where none is given."""
 _OF_SCRATCH = ("train_text", "train_tokens", "train_length", "train_batch")
 _NOT_OF_SCRATCH = (
-    "init", "align", "rounds", "allocation", "samples", "length", "damage_samples", "max_loops", "drawn",
+    "density", "init", "align", "rounds", "allocation", "samples", "length", "damage_samples", "max_loops", "drawn",
     "heal_tokens", "heal_minutes", "heal_train", "heal_labels", "heal_length", "heal_batch",
 )  # fmt: skip
 """Parameters that fit trained weights, or heal them."""
@@ -48,8 +48,17 @@ class LoopParameters(PassParameters):
         default=None,
         ge=0,
         description=(
-            "Of each layer's own low-rank part of a shared linear, 0: none; default: 64, and with pattern=free chosen "
-            "for each block."
+            "Of each layer's own low-rank part of a shared linear, 0: none; default: 64, 0 with density, and with "
+            "pattern=free chosen for each block."
+        ),
+    )
+    density: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description=(
+            "Share of a shared linear's entries that each further layer has for itself, where it differs most: sparse "
+            "parts, beside which rank is 0 unless given. Decode becomes slower, each step unpacks them."
         ),
     )
     pattern: Literal["auto", "cycle", "sequence", "free"] = Field(
@@ -149,6 +158,10 @@ class LoopParameters(PassParameters):
             raise ValueError(f"{given} needs {missing} beside it: their product is the number of layers that share")
         if self.pattern == "free" and self.blocks is not None:
             raise ValueError("pattern=free chooses the blocks itself: give a target in place of blocks and loops")
+        if self.density and self.target is not None:
+            raise ValueError("density goes with blocks and loops, and target chooses them: leave one of them out")
+        if self.density and self.init != "least-squares":
+            raise ValueError(f"density fits the shared weights itself, and init={self.init} sets them: leave one out")
         step = self.heal_length * self.heal_batch
         if 0 < self.heal_tokens < step:
             raise ValueError(
@@ -188,7 +201,9 @@ class LoopParameters(PassParameters):
     @property
     def even_rank(self) -> int:
         """The rank of every block, where none is chosen for each."""
-        return DEFAULT_RANK if self.rank is None else self.rank
+        if self.rank is not None:
+            return self.rank
+        return 0 if self.density else DEFAULT_RANK
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -24,6 +24,9 @@ EFFICIENCY = 0.5
 """Share of the measured matrix-product peak that forward passes reach."""
 FIT_EFFICIENCY = 0.1
 """Share of the float32 peak that float64 eigenvectors and solutions of linear equations reach."""
+UNPACK_BYTES, UNPACK_OPS = 80, 8
+"""Of a sparse part: bytes of memory traffic that unpacking an entry of the linear takes as long as, from timings on a
+CPU core (5 ns an entry); ops of a linear."""
 SMALL_OPS = 3
 """Further ops of a linear with a low-rank part: two products and a sum."""
 EIGEN_FLOPS = 9
@@ -95,8 +98,9 @@ def predict(parameters: LoopParameters, profile: ModelProfile, structure: Struct
     else:
         notes.append(
             "decode: a shared block is read again in each of its loops, so a step moves what it moved and "
-            f"{costs.delta_bytes / 1e6:.3g} MB of low-rank parts, {1e3 * costs.decode_seconds:+.3g} ms with their "
-            "small ops; less is moved only where a block stays in a cache between its loops: "
+            f"{costs.delta_bytes / 1e6:.3g} MB of the layers' own parts, {1e3 * costs.decode_seconds:+.3g} ms with "
+            "their small ops and what unpacks sparse ones; less is moved only where a block stays in a cache between "
+            "its loops: "
             f"{_cached(plan, structure, profile)}"
         )
     peak = figures.peak_memory_bytes
@@ -134,7 +138,9 @@ def expected(parameters: LoopParameters, structure: Structure) -> LoopPlan:
     """
     grouping.check(parameters, structure)
     if parameters.blocks is not None or (parameters.target is not None and parameters.chosen_pattern != "free"):
-        return LoopPlan.even(structure, grouping.regular(parameters, structure), parameters.even_rank)
+        return LoopPlan.even(
+            structure, grouping.regular(parameters, structure), parameters.even_rank, parameters.density
+        )
     if parameters.target is None:
         layers = grouping.looped_layers(parameters, structure)
         regular = [_regular(parameters, structure, layers, loops) for loops in grouping.divisors(len(layers))]
@@ -171,19 +177,21 @@ def _regular(parameters: LoopParameters, structure: Structure, layers: range, lo
     groups = grouping.arrange(layers, len(layers) // loops, pattern)
     if not grouping.can_share(structure, groups):
         return None
-    return LoopPlan.even(structure, groups, parameters.even_rank)
+    return LoopPlan.even(structure, groups, parameters.even_rank, parameters.density)
 
 
 def _named(plan: LoopPlan) -> str:
     loops = sorted({len(block.layers) for block in plan.blocks})
     ranks = {rank for block in plan.blocks for ranks in block.ranks.values() for rank in ranks}
-    return f"blocks={len(plan.blocks)},loops={'/'.join(map(str, loops))},rank={max(ranks, default=0)}"
+    named = f"blocks={len(plan.blocks)},loops={'/'.join(map(str, loops))},rank={max(ranks, default=0)}"
+    entries = sum(sum(counts) for block in plan.blocks for counts in block.sparse.values())
+    return f"{named},{entries:,} sparse entries" if entries else named
 
 
 def _line(plan: LoopPlan, structure: Structure, profile: ModelProfile) -> str:
     """Return one line on a plan: parameters, bytes, FLOPs for each byte stored, decode time."""
     sizes = plan.sizes(structure)
-    flops = 2 * (sizes.parameters_before + sizes.delta_parameters)
+    flops = 2 * sizes.parameters_before + sizes.delta_flops_per_token
     before = 2 * sizes.parameters_before / sizes.bytes_before
     costs = _costs(sizes, plan, profile)
     measured = profile.figures.tpot_seconds
@@ -198,12 +206,17 @@ def _line(plan: LoopPlan, structure: Structure, profile: ModelProfile) -> str:
 def _costs(sizes: Sizes, plan: LoopPlan, profile: ModelProfile) -> Costs:
     """Return what low-rank parts add, from the measured peaks."""
     peaks = profile.peaks
-    delta_bytes = sizes.delta_parameters * profile.dtype.itemsize
+    delta_bytes = sizes.delta_parameters * profile.dtype.itemsize + sizes.mask_bytes
     linears = sum(sum(rank > 0 for rank in ranks) for block in plan.blocks for ranks in block.ranks.values())
-    decode = delta_bytes / peaks.memory_bytes_per_second + SMALL_OPS * linears * peaks.op_overhead_seconds
+    unpacked = sum(one > 0 for block in plan.blocks for counts in block.sparse.values() for one in counts)
+    unpacking = (
+        UNPACK_BYTES * sizes.unpacked_entries / peaks.memory_bytes_per_second
+        + UNPACK_OPS * unpacked * peaks.op_overhead_seconds
+    )
+    decode = delta_bytes / peaks.memory_bytes_per_second + SMALL_OPS * linears * peaks.op_overhead_seconds + unpacking
     rate = _rate(peaks, str(profile.dtype).removeprefix("torch."))
     tokens = profile.batch * profile.context
-    prefill = None if rate is None else sizes.delta_flops_per_token * tokens / (EFFICIENCY * rate)
+    prefill = None if rate is None else sizes.delta_flops_per_token * tokens / (EFFICIENCY * rate) + unpacking
     return Costs(delta_bytes, decode, prefill)
 
 
@@ -245,6 +258,8 @@ def _cost(
     )
     rounds = 1 + (parameters.allocation == "auto") * 2
     rounds += parameters.rounds if parameters.init == "least-squares" and parameters.rank != 0 else 0
+    if parameters.density:
+        rounds = 1 if parameters.even_rank else 0
     fits = sum(
         rounds * (EIGEN_FLOPS * min(s.out_features, s.in_features) ** 3 + 2.0 * s.out_features * s.in_features**2)
         for block in plan.blocks

@@ -105,6 +105,8 @@ def summary(plan: LoopPlan, sizes: Sizes) -> str:
     """Return layers, blocks, ranks and shares of the parameters, in a line."""
     ranks = sorted({rank for block in plan.blocks for members in block.ranks.values() for rank in members})
     own = "no part of their own" if ranks[-1:] == [0] else f"parts of rank {ranks[0]} to {ranks[-1]} of their own"
+    if sizes.sparse_parameters:
+        own = f"{sizes.sparse_parameters / sizes.unpacked_entries:.0%} of further layers' entries of their own"
     return (
         f"{len(plan.shared_layers)} of {plan.layers} layers run with {len(plan.blocks)} stored blocks and {own}: "
         f"{sizes.share:.1%} of the parameters, {sizes.layers_share:.1%} of the layers'"
@@ -118,10 +120,18 @@ def notes(plan: LoopPlan, sizes: Sizes) -> tuple[str, ...]:
         for size in sorted({len(block.layers) for block in plan.blocks})
     }
     shown = ", ".join(f"{count} of {size} layers" for size, count in loops.items())
+    unpacked: tuple[str, ...] = ()
+    if sizes.sparse_parameters:
+        unpacked = (
+            f"sparse parts have {sizes.sparse_parameters:,} entries of {sizes.unpacked_entries:,}, and "
+            f"{sizes.mask_bytes:,} bytes say where; every forward unpacks them, a linear at a time: memory stays small "
+            "and decode becomes slower; model.unpack() holds them unpacked",
+        )
     return (
         f"blocks: {shown}; {plan.sets} sets of layer weights in place of {plan.layers}",
-        f"the layers' own low-rank parts take {sizes.delta_parameters:,} parameters and add "
+        f"the layers' own low-rank parts take {sizes.delta_parameters - sizes.sparse_parameters:,} parameters and add "
         f"{sizes.delta_flops_per_token:,} FLOPs a token",
+        *unpacked,
         "a step still reads a block's weights in each of its loops: what is stored shrinks, what a step moves does not "
         "by itself",
         "plain transformers reads the folder with trust_remote_code=True; effcli runs no code of it",

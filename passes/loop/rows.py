@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from passes.base import PassError
@@ -73,10 +72,10 @@ class RowWise(nn.Module):
 
 
 class RowShared(RowWise):
-    """A shared linear: one call for all rows, then each row its own layer's low-rank part and bias."""
+    """A shared linear: one call for all rows, then each row its own layer's parts and bias."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return ``W x + B_l (A_l x) + bias_l``, shape (rows, 1, out_features)."""
+        """Return ``W x + B_l (A_l x) + S_l x + bias_l``, shape (rows, 1, out_features)."""
         parts = self._split.parts
         if len(parts) == 1:
             return super().forward(inputs)
@@ -85,13 +84,8 @@ class RowShared(RowWise):
         shared: torch.Tensor = first.shared(inputs)
         sizes = [rows for _, rows in parts]
         pieces = zip(parts, shared.split_with_sizes(sizes), inputs.split_with_sizes(sizes), strict=True)
-        return torch.cat([_own(self._members[member], output, piece) for (member, _), output, piece in pieces])
-
-
-def _own(looped: Any, output: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    if looped.delta_in is not None:
-        return output + F.linear(F.linear(inputs, looped.delta_in), looped.delta_out, looped.bias)
-    return output if looped.bias is None else output + looped.bias
+        members: Sequence[Any] = self._members
+        return torch.cat([members[member].with_own(output, piece) for (member, _), output, piece in pieces])
 
 
 class KeptRows:

@@ -36,6 +36,8 @@ CONVERGED = 1e-3
 
 Delta = tuple[torch.Tensor, torch.Tensor]
 """B, shape (out, r), and A, shape (r, in), float32."""
+Sparse = tuple[torch.Tensor, torch.Tensor]
+"""Which entries, bool, shape (out, in), and their values in the order of the entries, float32."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ class Fitted:
         Of each member: tr E C Eᵀ / tr W_l C_l W_lᵀ, the relative squared error of its output.
     shared_errors : tuple of float
         The same without the deltas.
+    sparse : tuple of (Sparse or None)
+        Of each member, from :mod:`passes.loop.sparse`; empty where there are none.
     """
 
     shared: torch.Tensor
     deltas: tuple[Delta | None, ...]
     errors: tuple[float, ...]
     shared_errors: tuple[float, ...]
+    sparse: tuple[Sparse | None, ...] = ()
 
 
 def fit(
@@ -93,7 +98,7 @@ def fit(
         initial = None if initial is None else outputs.t() @ initial.double()
     importance = importance or [1.0] * len(weights)
     moments = [moment.double() * factor for moment, factor in zip(moments, importance, strict=True)]
-    wholes = [_energy(weight, moment) for weight, moment in zip(weights, moments, strict=True)]
+    wholes = [energy(weight, moment) for weight, moment in zip(weights, moments, strict=True)]
     if initial is None:
         alone = least_squares(weights, moments)
         shared = alone
@@ -109,7 +114,7 @@ def fit(
         shared, alone = _back(outputs, shared), _back(outputs, alone)
         deltas = [None if delta is None else (_back(outputs, delta[0]), delta[1]) for delta in deltas]
         weights = plain
-        wholes = [_energy(weight, moment) for weight, moment in zip(weights, moments, strict=True)]
+        wholes = [energy(weight, moment) for weight, moment in zip(weights, moments, strict=True)]
     return Fitted(
         shared=shared.float().cpu(),
         deltas=tuple(None if delta is None else (delta[0].float().cpu(), delta[1].float().cpu()) for delta in deltas),
@@ -274,7 +279,8 @@ def _product(delta: Delta | None, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like) if delta is None else delta[0] @ delta[1]
 
 
-def _energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
+def energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
+    """Return tr W C Wᵀ."""
     return float(((weight @ moment) * weight).sum())
 
 
@@ -285,7 +291,7 @@ def _errors(
     moments: Sequence[torch.Tensor],
 ) -> list[float]:
     return [
-        max(0.0, _energy(weight - shared - _product(delta, weight), moment))
+        max(0.0, energy(weight - shared - _product(delta, weight), moment))
         for weight, delta, moment in zip(weights, deltas, moments, strict=True)
     ]
 

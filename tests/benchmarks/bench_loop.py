@@ -33,12 +33,18 @@ def ways(structure: Any, share: float) -> dict[str, dict[str, Any] | None]:
     linears = structure.linears[EDGE].values()
     whole, one = sum(item.parameters for item in linears), sum(item.rank_parameters for item in linears)
     rank = int((whole - (1 - share) * layers / pairs) / (2 * one))  # of both layers of a pair
+    whole_pairs = structure.layers // 2
+    density = 1 - (1 - share) * layers / (whole_pairs * whole)
+    masks = 1 / (8 * next(iter(linears)).itemsize)  # a bit an entry, in entries
+    sparse = {"blocks": whole_pairs, "loops": 2, "keep_last": structure.layers - 2 * whole_pairs}
     regular = {"blocks": pairs, "loops": 2, "keep_first": EDGE, "keep_last": structure.layers - EDGE - 2 * pairs}
     return {
         "plain tying": {"target": target, "rank": 0, "init": "average", "align": False},
         "layers dropped": None,
         "pairs, no order, one kind of error": regular | {"rank": rank, "align": False},
         "pairs": regular | {"rank": rank},
+        "pairs, sparse parts": sparse | {"density": density},
+        "pairs, sparse parts, bytes of masks counted": sparse | {"density": density - masks},
         "pairs, drawn text": regular | {"rank": rank, "drawn": DRAWN},
         "chosen": {"target": target},
         "chosen, drawn text": {"target": target, "drawn": DRAWN},

@@ -153,14 +153,15 @@ def test_a_quantized_checkpoint_keeps_its_integers(tmp_path: Path, weights: dict
 
 @pytest.mark.slow
 @pytest.mark.thorough
-def test_blocks_that_layers_share_are_stored_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("density", [0.0, 0.4])
+def test_blocks_that_layers_share_are_stored_once(density: float, tmp_path: Path) -> None:
     from passes.loop import targets
     from passes.loop.convert import convert
     from passes.loop.layout import LoopPlan
     from tests.tiny_models import build
 
     model = build("gemma3", seed=1)
-    convert(model, LoopPlan.even(targets.find(model), ((0, 2), (1, 3)), 2))
+    convert(model, LoopPlan.even(targets.find(model), ((0, 2), (1, 3)), 2, density))
     file = WeightFile(tmp_path / "weights.bin")
     shapes = graphs.cache_shapes(model)
     assert len(shapes) == 4

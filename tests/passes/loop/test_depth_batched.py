@@ -22,6 +22,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cycle": {"blocks": 2, "loops": 3, "pattern": "cycle"},
     "sequence": {"blocks": 3, "loops": 2},
     "one block": {"blocks": 1, "loops": 6},
+    "sparse parts": {"blocks": 3, "loops": 2, "density": 0.5},
     "with own layers": {"blocks": 2, "loops": 2, "keep_first": 1, "keep_last": 1, "pattern": "cycle"},
 }
 PROMPTS = [ids(1, length, seed=length)[0].tolist() for length in (5, 9, 3, 12)]

@@ -23,7 +23,7 @@ from tests.passes.loop.small import CPU, VOCABULARY, ids, text  # noqa: E402
 CYCLE, SEQUENCE = ((0, 2), (1, 3)), ((0, 1), (2, 3))
 
 
-def looped(groups: Any) -> Any:
+def looped(groups: Any, density: float = 0.0) -> Any:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
@@ -31,10 +31,10 @@ def looped(groups: Any) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    convert(model, LoopPlan.even(targets.find(model), groups, 4))
+    convert(model, LoopPlan.even(targets.find(model), groups, 4, density))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "delta_" in key:
+            if "delta_" in key:  # not the masks, which are no parameters
                 parameter.normal_(std=0.1)
     return model
 
@@ -83,8 +83,9 @@ def test_each_block_is_quantized_once_from_all_its_loops(
     torch.testing.assert_close(found / found.trace(), expected / expected.trace(), rtol=1e-3, atol=1e-5)
 
 
-def test_it_is_read_back_and_repacked(tmp_path: Path) -> None:
-    model = looped(SEQUENCE)
+@pytest.mark.parametrize("density", [0.0, 0.4])
+def test_it_is_read_back_and_repacked(density: float, tmp_path: Path) -> None:
+    model = looped(SEQUENCE, density)
     item, _ = quantized(model, tmp_path / "work")
     with torch.no_grad():
         wanted = model(ids()).logits
