@@ -115,8 +115,9 @@ def test_a_published_folder_tells_how_an_attempt_ended_that_could_not_say_so(
     outcome = run(job, tmp_path, models)
     told = published(job, str(tmp_path), 0.0)
     assert told == replace(outcome, seconds=0.0, peak_memory_bytes=None)
-    after = (tmp_path / "tiny.kv" / "report.json").stat().st_mtime + 1
-    assert published(job, str(tmp_path), after) is None
+    written = (tmp_path / "tiny.kv" / "report.json").stat().st_mtime
+    assert published(job, str(tmp_path), written + 0.009) == told, "kernels date files by a tick that has passed"
+    assert published(job, str(tmp_path), written + 1) is None
 
 
 @pytest.mark.parametrize(
