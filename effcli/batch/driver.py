@@ -276,7 +276,8 @@ class _Batch:
         return state.stage == "waiting"
 
     def _offer(self, state: JobState) -> bool:
-        job, now = state.job, time.time()
+        job = state.job
+        now = self._keeper.begin(job)
         try:
             if not self._engine.offer(job, self._output, f"{self._output}/{state.log}", state.attempt + 1):
                 return False

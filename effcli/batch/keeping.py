@@ -7,6 +7,7 @@ byte for byte. Gates are no part of the work: where only they changed, they are 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +98,12 @@ class Keeper:
         if record.passed is None:
             return Verdict(fingerprint, None, _tried(record))
         return self._judge_passed(record.passed, fingerprint)
+
+    def begin(self, job: Job) -> float:
+        """Return when an attempt begins, for :meth:`published`."""
+        from effcli.batch.running import begin
+
+        return time.time() if is_url(self._output) else begin(job, self._output)
 
     def published(self, job: Job, since: float) -> Outcome | None:
         """Return how an attempt ended that published its output and was killed before the journal knew; else None."""

@@ -52,7 +52,7 @@ RESULT_FILE = "result.json"
 """What a ``call`` returned."""
 PAGE_FILE = "report.html"
 _TICK_SECONDS = 0.01
-"""By how much a file's time can lie before the clock's: kernels date files by their last tick, 100 to 1,000 a second."""
+"""By how much a file's time can lie before the clock's: kernels date files by their last tick."""
 _PROFILE_SETTINGS = ("only", "context", "batch", "epsilon", "sequences", "text", "seed", "config_only")
 _EXPORT_SETTINGS = ("format", "task", "opset", "tolerance", "seed")
 _OPTIMIZE_SETTINGS = ("context", "batch", "kernels", "compile")
@@ -115,6 +115,14 @@ def _attempt(job: Job, output: Path, progress: Progress, models: ModelCache) -> 
         return _failed(error)
 
 
+def begin(job: Job, output: str) -> float:
+    """Return when an attempt begins, in seconds since the epoch: what is published already is older by a tick."""
+    with contextlib.suppress(OSError):
+        written = (Path(output) / job.name / _report_name(job)).stat().st_mtime
+        time.sleep(min(max(written + _TICK_SECONDS - time.time(), 0.0), 2 * _TICK_SECONDS))
+    return time.time()
+
+
 def published(job: Job, output: str, since: float) -> Outcome | None:
     """Return how an attempt ended that was lost after it had published its folder, before anybody took note of it.
 
@@ -123,7 +131,7 @@ def published(job: Job, output: str, since: float) -> Outcome | None:
     job : Job
     output : str
     since : float
-        When the attempt began, in seconds since the epoch; what was published before it does not count.
+        When the attempt began, as :func:`begin` said; what was published before it does not count.
     """
     from effcli.staging import drop_published
 

@@ -17,7 +17,7 @@ from effcli import errors, pipeline
 from effcli.batch import running
 from effcli.batch.model import Job, Outcome
 from effcli.batch.model_cache import ModelCache
-from effcli.batch.running import published, run_job
+from effcli.batch.running import begin, published, run_job
 from effcli.checkpoint_files import sha256_of
 from effcli.errors import BadInputError, GateFailedError, NoRoomError
 from effcli.gates import METRICS
@@ -118,6 +118,17 @@ def test_a_published_folder_tells_how_an_attempt_ended_that_could_not_say_so(
     written = (tmp_path / "tiny.kv" / "report.json").stat().st_mtime
     assert published(job, str(tmp_path), written + 0.009) == told, "kernels date files by a tick that has passed"
     assert published(job, str(tmp_path), written + 1) is None
+
+
+def test_an_attempt_begins_after_what_was_there_before_it(tiny_folder: Path, tmp_path: Path) -> None:
+    job = profile(tiny_folder)
+    report = tmp_path / "tiny.kv" / "report.json"
+    report.parent.mkdir()
+    for _ in range(3):
+        report.write_text("{}")
+        begun = begin(job, str(tmp_path))
+        assert begun >= report.stat().st_mtime + 0.01
+        assert published(job, str(tmp_path), begun) is None
 
 
 @pytest.mark.parametrize(
